@@ -1,0 +1,1 @@
+"""Interleaved benchmarks of shardstep against plain torch, DDP and FSDP2 (``python -m benchmarks``)."""

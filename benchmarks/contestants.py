@@ -1,0 +1,111 @@
+"""The contestants: how each library is asked to train the same model. One builder a library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from benchmarks.model import GPT
+
+LR = 3e-4
+
+
+@dataclass
+class Loop:
+    """What one training step needs; ``sharded`` is the handle of our own contestants."""
+
+    forward: Callable[[Tensor], Tensor]
+    optimizer: torch.optim.Optimizer
+    sharded: Any = None
+
+    def step(self, batch: Tensor) -> Tensor:
+        """The loop that every user writes."""
+        loss = self.forward(batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+
+Builder = Callable[[GPT, str], Loop]
+
+
+def adamw(module: nn.Module, fused: bool) -> torch.optim.Optimizer:
+    """torch's AdamW: ``fused`` as asked, or the default that torch picks (on CPU: its for-loop)."""
+    if fused:
+        return torch.optim.AdamW(module.parameters(), lr=LR, fused=True)
+    return torch.optim.AdamW(module.parameters(), lr=LR)
+
+
+def autocast(module: nn.Module, dtype: str) -> Callable[[Tensor], Tensor]:
+    """The module's forward, under bf16 autocast when ``dtype`` asks for it (parameters stay fp32)."""
+
+    def forward(batch: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bf16"):
+            loss: Tensor = module(batch)
+        return loss
+
+    return forward
+
+
+def build_plain(model: GPT, dtype: str, fused: bool = False) -> Loop:
+    """One process, no communication."""
+    return Loop(autocast(model, dtype), adamw(model, fused))
+
+
+def build_ddp(model: GPT, dtype: str, fused: bool = False) -> Loop:
+    """DistributedDataParallel with its default settings."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    wrapped = DistributedDataParallel(model)
+    return Loop(autocast(wrapped, dtype), adamw(wrapped, fused))
+
+
+def build_fsdp2(model: GPT, dtype: str, fused: bool = False) -> Loop:
+    """``fully_shard`` on every block and the root, default resharding (a block is freed after forward)."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    half = torch.bfloat16 if dtype == "bf16" else None
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh("cpu", (dist.get_world_size(),)),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half),
+    }
+    for block in model.blocks:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    return Loop(model, adamw(model, fused))
+
+
+def build_shardstep(model: GPT, dtype: str, stage: int) -> Loop:
+    """shardstep with its default settings at one stage."""
+    import shardstep as ss
+
+    options: dict[str, Any] = {"stage": stage}
+    if dtype == "bf16":
+        options["precision"] = ss.Precision(params=torch.bfloat16, reduce=torch.bfloat16, master=torch.float32)
+    optimizer = ss.optim.AdamW(model.parameters(), lr=LR)
+    sharded = ss.shard(model, optimizer, **options)
+    return Loop(model, optimizer, sharded)
+
+
+BUILDERS: dict[str, Builder] = {
+    "plain": build_plain,
+    "plain-fused": partial(build_plain, fused=True),
+    "plain-x2": build_plain,
+    "plain-x2-fused": partial(build_plain, fused=True),
+    "ddp": build_ddp,
+    "ddp-fused": partial(build_ddp, fused=True),
+    "fsdp2": build_fsdp2,
+    "fsdp2-fused": partial(build_fsdp2, fused=True),
+    "stage0": partial(build_shardstep, stage=0),
+    "stage1": partial(build_shardstep, stage=1),
+    "stage2": partial(build_shardstep, stage=2),
+    "stage3": partial(build_shardstep, stage=3),
+}

@@ -1,0 +1,45 @@
+"""shardstep: you write the update step; it is sharded, and the numbers never depend on how.
+
+    model = GPT(config)
+    optimizer = shardstep.optim.AdamW(model.parameters(), lr=3e-4)
+    sharded = shardstep.shard(model, optimizer, stage=3)
+
+Nothing happens at import but imports.
+"""
+
+from shardstep import optim
+from shardstep.config import Precision
+from shardstep.errors import (
+    CollectiveError,
+    ConfigError,
+    FreedParameterError,
+    NonFiniteGradientError,
+    OwnershipError,
+    RankMismatchError,
+    RuleError,
+    SequenceError,
+    ShardstepError,
+)
+from shardstep.rules import rule, zeros
+from shardstep.sharding import MicroBatch, Sharded, digest, gathered, shard
+
+__all__ = [
+    "CollectiveError",
+    "ConfigError",
+    "FreedParameterError",
+    "MicroBatch",
+    "NonFiniteGradientError",
+    "OwnershipError",
+    "Precision",
+    "RankMismatchError",
+    "RuleError",
+    "SequenceError",
+    "Sharded",
+    "ShardstepError",
+    "digest",
+    "gathered",
+    "optim",
+    "rule",
+    "shard",
+    "zeros",
+]

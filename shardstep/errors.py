@@ -1,0 +1,50 @@
+"""The exception tree. Every text says what was expected, what was got, where, and what to do.
+
+    ShardstepError
+    ├── ConfigError (ValueError)            an argument that cannot be honoured
+    │   └── OwnershipError                  a parameter without an owner, or with two
+    ├── RuleError                           an update rule that cannot be compiled
+    ├── FreedParameterError (RuntimeError)  a value read while its unit is freed
+    ├── SequenceError (RuntimeError)        calls in an order that has no meaning
+    ├── NonFiniteGradientError (ArithmeticError)
+    └── CollectiveError (RuntimeError)      a collective failed: a peer died, or time ran out
+        └── RankMismatchError               the ranks do not do the same thing
+
+This room never imports another one and never catches anything.
+"""
+
+
+class ShardstepError(Exception):
+    """Root of every error that shardstep raises on purpose."""
+
+
+class ConfigError(ShardstepError, ValueError):
+    """An argument, or a combination of arguments, that cannot be honoured."""
+
+
+class OwnershipError(ConfigError):
+    """A parameter that the optimizer does not own, or owns twice."""
+
+
+class RuleError(ShardstepError):
+    """An update rule that cannot be compiled."""
+
+
+class FreedParameterError(ShardstepError, RuntimeError):
+    """The value of a parameter was needed while its unit was freed."""
+
+
+class SequenceError(ShardstepError, RuntimeError):
+    """A call that has no meaning at this point of the training loop."""
+
+
+class NonFiniteGradientError(ShardstepError, ArithmeticError):
+    """The gradients hold NaN or Inf, so their norm cannot clip anything."""
+
+
+class CollectiveError(ShardstepError, RuntimeError):
+    """A collective failed: a peer died or did not arrive in time."""
+
+
+class RankMismatchError(CollectiveError):
+    """The ranks differ in what they hold or in what they do next."""

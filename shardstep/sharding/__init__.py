@@ -1,0 +1,17 @@
+"""The engine: partitioned parameters, hooks, leaves and their reduction, and the sharded step.
+
+    units      which modules are units                     space      one flat space on this rank
+    hooks      when units are gathered and freed           gradients  leaves to their owners
+    reduce     the fixed tree of sums                      clip       the global norm
+    step       what optimizer.step() runs on               buffers    BatchNorm and the like
+    batches    which samples are micro-batch k             agreement  do all ranks do the same?
+    whole      gathered, state dicts, digest               memory, formula  bytes counted, bytes foretold
+
+This room never mentions a particular optimizer.
+"""
+
+from shardstep.sharding.batches import MicroBatch
+from shardstep.sharding.shard import Sharded, shard
+from shardstep.sharding.whole import digest, gathered
+
+__all__ = ["MicroBatch", "Sharded", "digest", "gathered", "shard"]

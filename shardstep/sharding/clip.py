@@ -1,0 +1,71 @@
+"""The global norm, with bits that do not depend on who owns what.
+
+Each rank sums the squares of its run block by block, in float64 and in a fixed order of additions; all block
+sums then meet on every rank in the order of the layouts and are added there. Nothing here changes a gradient:
+the coefficient goes into the update's one multiplication.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from shardstep.collectives import Group
+from shardstep.errors import NonFiniteGradientError
+from shardstep.layout import BLOCK_NUMEL
+from shardstep.sharding.space import Space
+
+_TILE_BLOCKS = 64
+"""Blocks squared at a time: the float64 scratch stays in the cache."""
+
+
+def global_norm(runs: list[tuple[Space, Tensor]], group: Group, step: int) -> float:
+    """The 2-norm over all spaces; ``runs`` holds this rank's run (shard numel) of each space's gradient sum."""
+    own = torch.cat([block_sums(values) for _, values in runs])
+    sums = group.all_gather_small(own, label=f"gather of block norms in step {step}")
+    ordered, offset = [], 0
+    for space, values in runs:
+        blocks = values.numel() // BLOCK_NUMEL
+        ordered.append(sums[:, offset : offset + blocks].reshape(-1)[: space.layout.blocks])
+        offset += blocks
+    norm = math.sqrt(torch.cat(ordered).sum().item())
+    if not math.isfinite(norm):
+        raise NonFiniteGradientError(_first_non_finite(runs, group, step, norm))
+    return norm
+
+
+def block_sums(values: Tensor) -> Tensor:
+    """The sum of squares of each block, float64; halves are added to halves, so every row is summed alike."""
+    blocks = values.view(-1, BLOCK_NUMEL)
+    sums = torch.empty(blocks.shape[0], dtype=torch.float64, device=values.device)
+    for start in range(0, blocks.shape[0], _TILE_BLOCKS):
+        squares = blocks[start : start + _TILE_BLOCKS].double().square_()
+        while squares.shape[1] > 1:
+            half = squares.shape[1] // 2
+            squares = squares[:, :half] + squares[:, half:]
+        sums[start : start + _TILE_BLOCKS] = squares[:, 0]
+    return sums
+
+
+def clip_coefficient(norm: float, clip_norm: float) -> float:
+    """What gradients of this norm are multiplied by; the formula of torch.nn.utils.clip_grad_norm_."""
+    return min(1.0, clip_norm / (norm + 1e-6))
+
+
+def _first_non_finite(runs: list[tuple[Space, Tensor]], group: Group, step: int, norm: float) -> str:
+    found = None
+    for order, (_, values) in enumerate(runs):
+        bad = torch.nonzero(~torch.isfinite(values))
+        if len(bad):
+            found = [order, group.rank * values.numel() + int(bad[0])]
+            break
+    everyone = group.exchange_json(found, label=f"search for the first non-finite gradient in step {step}")
+    places = [place for place in everyone if place is not None]
+    if not places:
+        return f"the gradient norm of step {step} is {norm}: the sum of squares overflows float64; lower the loss scale"
+    order, offset = min(places)
+    slot = runs[order][0].layout.slot_at(offset)
+    return (
+        f"expected finite gradients, got a norm of {norm} in step {step}: the first non-finite one is in parameter "
+        f"{slot.name!r} (element {offset - slot.offset}); nothing was updated, and zero_grad() lets you go on"
+    )

@@ -1,0 +1,196 @@
+"""The bytes of a step on one rank, by arithmetic: the formula that the engine's buffers are held to.
+
+Persistent bytes follow from the stages alone. What is in flight follows from the order of events: gathers run
+`prefetch` units ahead of the declared order; leaves complete from the last unit to the first, the root's
+last; one exchange is on its way at a time. Exact when every parameter gets a gradient and each unit's leaf is
+complete before the unit before it begins. Nothing here allocates.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from shardstep.config import Precision, Schedule, Stage
+from shardstep.layout import Layout
+from shardstep.sharding.memory import Bytes, Ledger
+from shardstep.sharding.reduce import Partial, Tree
+
+
+@dataclass(frozen=True)
+class SpaceSize:
+    """What the formula needs to know of a space."""
+
+    layout: Layout
+    precision: Precision
+    trained: bool
+    stage: Stage
+
+
+@dataclass(frozen=True)
+class Formula:
+    """``units`` holds the spaces of each unit in declared order, the root first."""
+
+    units: list[list[SpaceSize]]
+    world_size: int
+    own_leaves: int
+    prefetch: int
+    state_names: int
+    schedule: Schedule
+
+    def of(self, own_leaves: int) -> "Formula":
+        """The same for another number of micro-batches a step on each rank."""
+        return replace(self, own_leaves=own_leaves)
+
+    def unsharded(self) -> "Formula":
+        """The same training on one rank, at stage 0."""
+        units = [[replace(space, stage=Stage(False, False, False)) for space in unit] for unit in self.units]
+        return replace(self, units=units, world_size=1, own_leaves=self.own_leaves * self.world_size)
+
+    def peak(self) -> Bytes:
+        """Peak bytes on one rank while training with ``own_leaves`` micro-batches a step."""
+        return Bytes(self._parameters(), self._gradients(), self._state())
+
+    def traffic(self) -> int:
+        """Bytes that one rank sends in a step to gather, exchange and publish (norms and control left out)."""
+        return sum(self._sent(space) for space in self._spaces())
+
+    # - the terms
+
+    def _spaces(self) -> Iterator[SpaceSize]:
+        return (space for unit in self.units for space in unit)
+
+    def _trained(self) -> list[SpaceSize]:
+        return [space for space in self._spaces() if space.trained]
+
+    def _padded(self, space: SpaceSize) -> int:
+        return space.layout.padded_numel(self.world_size)
+
+    def _shard(self, space: SpaceSize) -> int:
+        return space.layout.shard_numel(self.world_size)
+
+    def _owned(self, space: SpaceSize) -> int:
+        return self._shard(space) if space.stage.shard_state else self._padded(space)
+
+    def _parameters(self) -> int:
+        """Shards or whole spaces, and the most that is gathered at once: the root and a window of units."""
+        held = sum(
+            (self._shard(space) if space.stage.shard_params else self._padded(space)) * space.precision.params.itemsize
+            for space in self._spaces()
+        )
+        gathered = [
+            sum(self._padded(s) * s.precision.params.itemsize for s in unit if s.stage.shard_params)
+            for unit in self.units
+        ]
+        root, rest = gathered[0], gathered[1:]
+        windows = [sum(rest[start : start + 1 + self.prefetch]) for start in range(len(rest))]
+        return held + root + max(windows, default=0)
+
+    def _state(self) -> int:
+        """The rule's states and, for low-precision parameters, the master."""
+        return sum(
+            (self.state_names + (space.precision.master != space.precision.params))
+            * self._owned(space)
+            * space.precision.master.itemsize
+            for space in self._trained()
+        )
+
+    def _gradients(self) -> int:
+        """Kept leaves, partial sums, and what is in flight, followed through the events of one step."""
+        ledger = Ledger(torch.device("meta"))
+        spaces = [[_Leaves(space, self, ledger) for space in unit if space.trained] for unit in self.units]
+        root, rest = spaces[0], [unit[::-1] for unit in spaces[1:] if unit]
+        for leaf in range(self.own_leaves):
+            sends = self.schedule == "per leaf" or leaf == self.own_leaves - 1
+            flying: _Leaves | None = None
+            for unit in [*reversed(rest), root]:
+                for leaves in {*root, *unit}:
+                    leaves.open()
+                for leaves in unit:
+                    leaves.close()
+                    if sends:
+                        if flying:
+                            flying.land()
+                        flying = leaves
+                        flying.launch()
+            if flying:
+                flying.land()
+        for unit in spaces:
+            for leaves in unit:
+                leaves.tree.total()
+        whole = [leaves.whole_sum() for unit in spaces for leaves in unit]
+        pairs = [sum(whole[start : start + 2]) for start in range(len(whole))]
+        ledger.count("gradients", max(pairs, default=0))
+        return ledger.peak.gradients
+
+    def _sent(self, space: SpaceSize) -> int:
+        """Every run goes to every peer: one copy of a shard for each of the others."""
+        one_gather = self._shard(space) * (self.world_size - 1)
+        params, reduce = space.precision.params.itemsize, space.precision.reduce.itemsize
+        sent = 2 * self.own_leaves * one_gather * params if space.stage.shard_params else 0
+        if not space.trained:
+            return sent
+        if self.schedule == "per leaf" or self.own_leaves == 1:
+            sent += self.own_leaves * one_gather * reduce
+        else:
+            sent += one_gather * space.precision.master.itemsize
+        if not space.stage.shard_state:
+            return sent + one_gather * space.precision.master.itemsize
+        return sent if space.stage.shard_params else sent + one_gather * params
+
+
+class _Leaves:
+    """The gradient buffers of one space, counted without memory."""
+
+    def __init__(self, space: SpaceSize, formula: Formula, ledger: Ledger) -> None:
+        self._space, self._world_size, self._ledger = space, formula.world_size, ledger
+        self._padded = space.layout.padded_numel(formula.world_size)
+        self._shard = space.layout.shard_numel(formula.world_size)
+        self.tree, self._local = (Tree(ledger, space.precision.master) for _ in range(2))
+        self._kept = None if space.stage.shard_grads else self._take(self._padded, space.precision.reduce)
+        self._leaf: Tensor | None = None
+        self._sent: Partial | None = None
+        self._received: list[Tensor] = []
+
+    def open(self) -> None:
+        if self._leaf is None and self._kept is not None:
+            self.tree.settle()
+            self._local.settle()
+            self._leaf = self._kept
+        elif self._leaf is None:
+            self._leaf = self._take(self._padded, self._space.precision.reduce)
+
+    def close(self) -> None:
+        assert self._leaf is not None
+        self._local.push(self._leaf, owned=self._kept is None)
+        self._leaf = None
+
+    def launch(self) -> None:
+        sent = self._local.hand_over()
+        if self._world_size == 1:
+            self.tree.push(sent.values, owned=sent.owned, level=sent.level)
+            return
+        self._sent = sent
+        self._received = [self._take(self._shard, sent.values.dtype) for _ in range(self._world_size - 1)]
+
+    def land(self) -> None:
+        sent, self._sent = self._sent, None
+        if sent is None:
+            return
+        self.tree.push(sent.values[: self._shard], owned=False, level=sent.level)
+        for values in self._received:
+            self.tree.push(values, owned=True, level=sent.level)
+        if sent.owned:
+            self.tree.settle()
+            self._ledger.give("gradients", sent.values)
+
+    def whole_sum(self) -> int:
+        """Bytes of the gathered sum that stage 0 needs besides its kept leaf."""
+        total = self.tree.total().values
+        if self._space.stage.shard_state or self._world_size == 1 or total.dtype == self._space.precision.reduce:
+            return 0
+        return self._padded * total.dtype.itemsize
+
+    def _take(self, numel: int, dtype: torch.dtype) -> Tensor:
+        return self._ledger.take("gradients", numel, dtype)

@@ -1,0 +1,165 @@
+"""From a parameter's ``.grad`` to the sum of all leaves on the rank that owns it.
+
+A leaf is filled as autograd delivers gradients. When the last one of a space is there, its runs travel to
+their owners while backward goes on with the next unit; one exchange is on its way at a time, and is added
+to the owner's tree before the next begins. Exchanges begin in one order on all ranks, from the last unit to
+the first and the root's at the end: a leaf that is complete before its turn waits, so that ranks which use
+different parameters do not wait for one another in a circle. Under the schedule per step, leaves are first
+summed locally.
+Nothing here knows about modules or optimizers.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from shardstep.collectives import Group, Pending
+from shardstep.config import Schedule
+from shardstep.errors import ConfigError, SequenceError
+from shardstep.sharding.agreement import Act, Agreement
+from shardstep.sharding.memory import Ledger
+from shardstep.sharding.reduce import Partial
+from shardstep.sharding.space import Space
+
+
+@dataclass
+class _Flight:
+    """An exchange on its way: what this rank sends, and what it receives from each peer."""
+
+    space: Space
+    sent: Partial
+    received: list[Tensor | None]
+    pending: Pending
+
+
+class Gradients:
+    """The leaves of one step over all trained spaces of a model."""
+
+    def __init__(
+        self, spaces: list[Space], group: Group, ledger: Ledger, schedule: Schedule, agreement: Agreement
+    ) -> None:
+        self.schedule = schedule
+        self.leaves = 0
+        """Backward passes that this rank has finished since the last step."""
+        self.step = 0
+        """Optimizer steps taken; names the step in messages."""
+        self.most_leaves = 0
+        """The most backward passes that this rank has made in one step."""
+        self.in_backward = False
+        self._spent = False
+        self._spaces, self._group, self._ledger, self._agreement = spaces, group, ledger, agreement
+        self._expected_leaves: int | None = None
+        self._open: set[int] = set()
+        root = [space for space in spaces if not space.unit_name]
+        self._turns = [*reversed(spaces[len(root) :]), *root]
+        self._turn = 0
+        self._flight: _Flight | None = None
+
+    def expect(self, leaves: int) -> None:
+        """This rank's leaves of the step that begins: the schedule per step then sends with the last one."""
+        self._expected_leaves = leaves
+
+    def begin_backward(self) -> None:
+        """Open the next leaf."""
+        if self._spent:
+            raise SequenceError(
+                "expected optimizer.zero_grad() between optimizer.step() and the next backward(): the step has used "
+                "up the gradients, and nothing can be added to them"
+            )
+        self._agreement.announce(Act.BACKWARD, self.step, self.leaves)
+        self._open, self._turn = {space.tag for space in self._spaces}, 0
+        self.in_backward = True
+
+    def arrived(self, space: Space, index: int) -> bool:
+        """Take parameter ``index``'s gradient; True when it completed the space's leaf, which is then sent."""
+        if space.tag not in self._open:
+            raise SequenceError(
+                f"the gradient of {space.layout.slots[index].name!r} arrived after the leaf of {space.where} was "
+                f"complete; a parameter may receive its gradient once in a backward pass"
+            )
+        if not space.write_leaf(index):
+            return False
+        self._complete(space)
+        return True
+
+    def end_backward(self) -> None:
+        """Complete the leaves of spaces with unused parameters and wait for what is on its way."""
+        for space in self._turns:
+            if space.tag in self._open:
+                self._complete(space)
+        self._land()
+        self.leaves += 1
+        self.most_leaves = max(self.most_leaves, self.leaves)
+        self.in_backward = False
+
+    def finish(self) -> None:
+        """Send what the schedule per step has kept back."""
+        for space in self._turns:
+            if len(space.local):
+                self._launch(space)
+        self._land()
+
+    def discard(self) -> None:
+        """Forget all leaves, and allow the next backward pass."""
+        self._agreement.confirm()
+        self._land()
+        self.in_backward = False
+        for space in self._spaces:
+            space.drop_gradients()
+        self.leaves, self._expected_leaves, self._spent = 0, None, False
+
+    def spend(self) -> None:
+        """The step is done: its gradients are gone, and the next backward pass needs ``discard`` first."""
+        self.discard()
+        self.step += 1
+        self._spent = True
+
+    def _complete(self, space: Space) -> None:
+        self._open.discard(space.tag)
+        space.close_leaf()
+        if self.schedule == "per step" and self._expected_leaves != self.leaves + 1:
+            return
+        while self._turn < len(self._turns) and self._turns[self._turn].tag not in self._open:
+            self._launch(self._turns[self._turn])
+            self._turn += 1
+
+    def _launch(self, space: Space) -> None:
+        """Begin to exchange this rank's sum of own leaves for the others' sums over this rank's run."""
+        self._land()
+        sent = space.local.hand_over()
+        if self._group.size == 1:
+            space.tree.push(sent.values, owned=sent.owned, level=sent.level)
+            return
+        received = [
+            None if rank == self._group.rank else self._ledger.take("gradients", space.shard_numel, sent.values.dtype)
+            for rank in range(self._group.size)
+        ]
+        label = f"exchange of the gradients of {space.where} in step {self.step}"
+        pending = self._group.exchange(sent.values, received, tag=2 * space.tag + 1, label=label)
+        self._flight = _Flight(space, sent, received, pending)
+
+    def _land(self) -> None:
+        """Wait for the exchange on its way and add its leaves, in rank order, to the tree of this rank's run."""
+        if self._flight is None:
+            return
+        flight, self._flight = self._flight, None
+        self._agreement.confirm()
+        flight.pending.wait()
+        space, sent = flight.space, flight.sent
+        own = sent.values.chunk(self._group.size)[self._group.rank]
+        for values in flight.received:
+            if values is None:
+                space.tree.push(own, owned=False, level=sent.level)
+            else:
+                space.tree.push(values, owned=True, level=sent.level)
+        if sent.owned:
+            space.tree.settle()
+            self._ledger.give("gradients", sent.values)
+
+    def check_complete_subtrees(self) -> None:
+        """Per step, a rank's own sum must be a complete subtree of the tree over all leaves."""
+        if self.schedule == "per step" and self._group.size > 1 and self.leaves & (self.leaves - 1):
+            raise ConfigError(
+                f"expected a power of two micro-batches on each rank for schedule='per step', got {self.leaves}; "
+                f"the local sums would not be complete parts of the fixed tree: use schedule='per leaf'"
+            )

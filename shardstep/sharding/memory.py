@@ -1,0 +1,57 @@
+"""The ledger of the engine's own buffers: every flat buffer is taken and given back here, and so counted.
+
+It counts bytes by what they hold (parameters, gradients, optimizer state), now and at the peak. It does not
+count activations or what the user allocates, and never keeps memory for later.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["parameters", "gradients", "state"]
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes on one rank, by what they hold. Low-precision parameters count their master under ``state``."""
+
+    parameters: int
+    gradients: int
+    state: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.gradients + self.state
+
+
+class Ledger:
+    """Allocates flat buffers on one device and keeps count of them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._live: dict[Kind, int] = {"parameters": 0, "gradients": 0, "state": 0}
+        self._peak = dict(self._live)
+
+    def take(self, kind: Kind, numel: int, dtype: torch.dtype) -> Tensor:
+        """An uninitialised 1-D buffer."""
+        self.count(kind, numel * dtype.itemsize)
+        return torch.empty(numel, dtype=dtype, device=self.device)
+
+    def give(self, kind: Kind, buffer: Tensor) -> None:
+        """Give back a whole buffer; its memory goes with the caller's last reference."""
+        self.count(kind, -buffer.nbytes)
+
+    def count(self, kind: Kind, change_bytes: int) -> None:
+        self._live[kind] += change_bytes
+        self._peak[kind] = max(self._peak[kind], self._live[kind])
+
+    @property
+    def live(self) -> Bytes:
+        return Bytes(**self._live)
+
+    @property
+    def peak(self) -> Bytes:
+        """The highest count of each kind; the kinds need not have peaked at the same moment."""
+        return Bytes(**self._peak)

@@ -1,0 +1,240 @@
+"""shard(): the one line that a training loop adds, and the handle it returns.
+
+Checks what it is given, cuts the model into units, and puts the parts of the engine together. The model and
+the optimizer stay the objects that they were.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from shardstep.collectives import Group, ProcessGroup, Traffic
+from shardstep.config import Precision, StageChoice, UnitChoice, checked_schedule
+from shardstep.errors import ConfigError, OwnershipError, RankMismatchError
+from shardstep.layout import fingerprint
+from shardstep.optim import Optimizer
+from shardstep.sharding.agreement import Agreement
+from shardstep.sharding.batches import BatchPlan, Collate, MapDataset, MicroBatch, micro_batches
+from shardstep.sharding.buffers import Buffers
+from shardstep.sharding.formula import Formula, SpaceSize
+from shardstep.sharding.gradients import Gradients
+from shardstep.sharding.hooks import Hooks
+from shardstep.sharding.memory import Bytes, Ledger
+from shardstep.sharding.space import Space
+from shardstep.sharding.step import Step
+from shardstep.sharding.unit import Unit
+from shardstep.sharding.units import UnitPlan, plan_units
+from shardstep.sharding.whole import ATTRIBUTE, Whole
+
+
+@dataclass(frozen=True)
+class ByteReport:
+    """Bytes on this rank: at the peak so far, by the formula for the steps so far, and for one unsharded rank."""
+
+    peak: Bytes
+    formula: Bytes
+    unsharded: Bytes
+
+
+class Sharded:
+    """The handle of a sharded model and its optimizer."""
+
+    def __init__(
+        self, units: list[Unit], group: Group, ledger: Ledger, gradients: Gradients, step: Step, formula: Formula
+    ) -> None:
+        self._units, self._group, self._ledger = units, group, ledger
+        self._gradients, self._step, self._formula = gradients, step, formula
+
+    @property
+    def rank(self) -> int:
+        return self._group.rank
+
+    @property
+    def world_size(self) -> int:
+        return self._group.size
+
+    @property
+    def schedule(self) -> str:
+        """'per leaf' or 'per step'."""
+        return self._gradients.schedule
+
+    @property
+    def stages(self) -> dict[str, int]:
+        """The stage of each unit by its name, in declared order; '' is the root unit."""
+        return {unit.name: unit.stage.number for unit in self._units}
+
+    @property
+    def grad_norm(self) -> float | None:
+        """The norm of the last step's mean gradient before clipping; None when nothing clips."""
+        return self._step.grad_norm
+
+    @property
+    def step_count(self) -> int:
+        """Optimizer steps taken."""
+        return self._gradients.step
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes sent, calls and seconds waited since shard(), counted at the one door."""
+        return self._group.traffic
+
+    def step_bytes(self, own_leaves: int = 1) -> int:
+        """Bytes that this rank sends in a step of ``own_leaves`` micro-batches on each rank, by the formula."""
+        return self._formula.of(own_leaves).traffic()
+
+    @property
+    def bytes(self) -> ByteReport:
+        """Parameters, gradients and optimizer state in the engine's own buffers."""
+        formula = self._formula.of(max(1, self._gradients.most_leaves))
+        return ByteReport(self._ledger.peak, formula.peak(), formula.unsharded().peak())
+
+    def micro_batches(
+        self,
+        dataset: MapDataset,
+        *,
+        global_batch: int,
+        micro_batch: int,
+        seed: int,
+        epochs: int = 1,
+        start_step: int = 0,
+        collate: Collate | None = None,
+    ) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of ``global_batch`` samples a step, cut into ``micro_batch`` samples each.
+
+        The dataset is shuffled by the seed, the last partial global batch of an epoch is dropped, and the random
+        generators are seeded for each (seed, step, micro-batch), so nothing depends on the world size.
+        """
+        plan = BatchPlan(
+            len(dataset), global_batch, micro_batch, seed, self.rank, self.world_size, self._gradients.schedule
+        )
+        steps = range(start_step, epochs * plan.steps_per_epoch)
+        return micro_batches(dataset, plan, steps, collate, self._gradients.expect)
+
+
+def shard(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    stage: StageChoice = 3,
+    units: UnitChoice | None = None,
+    precision: Precision | None = None,
+    clip_norm: float | None = None,
+    schedule: str | None = None,
+    prefetch: int = 1,
+    group: ProcessGroup | None = None,
+) -> Sharded:
+    """Shard ``model`` and ``optimizer`` in place over the ranks of ``group`` (all of them by default).
+
+    ``stage``: 0 to 3 for every unit, a mapping of unit-name patterns, or a function (name, module) -> stage.
+    ``units``: name patterns or classes of the modules that are gathered and freed together; by default the
+    repeated blocks of the model. Whatever is in none of them forms the root unit.
+    ``precision``: dtypes of computation, communication and master; by default the parameters' own, with a
+    float32 master for low-precision ones. ``clip_norm``: clip the mean gradient to this global 2-norm.
+    ``schedule``: 'per leaf' (default) or 'per step' (stages 0 and 1). ``prefetch``: units gathered ahead.
+
+    All ranks call it with models of equal structure; they go on from rank 0's values. Raises ConfigError,
+    OwnershipError or RankMismatchError before anything is changed.
+    """
+    _check_arguments(model, optimizer, clip_norm, prefetch)
+    device = _one_device(model)
+    _check_ownership(model, optimizer)
+    plans = plan_units(model, units, stage, precision)
+    schedule_ = checked_schedule(schedule, {plan.name: plan.stage for plan in plans})
+    ranks = Group(group)
+    _check_equal_structure(plans, ranks)
+
+    ledger, agreement = Ledger(device), Agreement(ranks)
+    buffers = Buffers(model, ranks)
+    built = _build(plans, ranks, ledger)
+    trained = [space for unit in built for space in unit.spaces if space.trained]
+    for space in trained:
+        space.make_state(optimizer.state_names)
+    gradients = Gradients(trained, ranks, ledger, schedule_, agreement)
+    step = Step(optimizer, trained, gradients, agreement, buffers, clip_norm, ranks, ledger)
+    Hooks(built, gradients, agreement, prefetch, precision.params if precision else None)
+    whole = Whole(model, built, gradients, agreement, ranks)
+    for module in model.modules():
+        setattr(module, ATTRIBUTE, whole)
+    optimizer.attach(step)
+    sizes = [[SpaceSize(s.layout, s.precision, s.trained, s.stage) for s in unit.spaces] for unit in built]
+    formula = Formula(sizes, ranks.size, 1, prefetch, len(optimizer.state_names), schedule_)
+    return Sharded(built, ranks, ledger, gradients, step, formula)
+
+
+def _build(plans: list[UnitPlan], group: Group, ledger: Ledger) -> list[Unit]:
+    units, tag = [], 0
+    for plan in plans:
+        spaces = []
+        for space in plan.spaces:
+            spaces.append(
+                Space(plan.name, tag, space.layout, space.parameters, plan.stage, space.precision, group, ledger)
+            )
+            tag += 1
+        units.append(Unit(plan.name, plan.module, plan.stage, spaces))
+    return units
+
+
+def _check_arguments(model: nn.Module, optimizer: Optimizer, clip_norm: float | None, prefetch: int) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError(
+            f"expected an optimizer of shardstep.optim, whose rule can run on shards, got "
+            f"{type(optimizer).__module__}.{type(optimizer).__name__}; use shardstep.optim.AdamW(...)"
+        )
+    if getattr(model, ATTRIBUTE, None) is not None:
+        raise ConfigError("expected a model that is not sharded yet, but shard() was already called on this one")
+    if any(getattr(module, ATTRIBUTE, None) is not None for module in model.modules()):
+        raise ConfigError("expected a model that is not sharded yet, but shard() was already called on a part of it")
+    if not any(True for _ in model.parameters()):
+        raise ConfigError(f"expected a model with parameters, but {type(model).__name__} has none; nothing to shard")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ConfigError(f"expected clip_norm to be a positive number or None, got {clip_norm!r}")
+    if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
+        raise ConfigError(f"expected prefetch to be 0 or a positive number of units, got {prefetch!r}")
+
+
+def _one_device(model: nn.Module) -> torch.device:
+    first: dict[torch.device, str] = {}
+    for name, parameter in model.named_parameters():
+        first.setdefault(parameter.device, name)
+    if len(first) > 1:
+        places = ", ".join(f"{name!r} on {device}" for device, name in first.items())
+        raise ConfigError(f"expected all parameters on one device, got {places}; move the model with model.to(device)")
+    return next(iter(first))
+
+
+def _check_ownership(model: nn.Module, optimizer: Optimizer) -> None:
+    """Every trained parameter of the model is in the optimizer once, and nothing else is."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    counts: dict[int, int] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        for position, parameter in enumerate(group["params"]):
+            counts[id(parameter)] = counts.get(id(parameter), 0) + 1
+            if id(parameter) not in names:
+                raise OwnershipError(
+                    f"expected the optimizer to own parameters of the model only, but parameter {position} of its "
+                    f"group {index}, of shape {tuple(parameter.shape)}, is not one of the model's"
+                )
+    for name, parameter in model.named_parameters():
+        count = counts.get(id(parameter), 0)
+        if parameter.requires_grad and count == 0:
+            raise OwnershipError(
+                f"expected the optimizer to own every parameter that is trained, but {name!r} is in none of its "
+                f"param_groups; add it, or set requires_grad=False on it"
+            )
+        if count > 1:
+            raise OwnershipError(f"expected the optimizer to own {name!r} once, but it is there {count} times")
+
+
+def _check_equal_structure(plans: list[UnitPlan], group: Group) -> None:
+    own = fingerprint((plan.name, space.layout) for plan in plans for space in plan.spaces)
+    stages = "".join(str(plan.stage.number) for plan in plans)
+    everyone = group.exchange_json([own, stages], label="comparison of the models' structure")
+    for rank, other in enumerate(everyone):
+        if other != everyone[0]:
+            what = "layouts" if other[0] != everyone[0][0] else "stages"
+            raise RankMismatchError(
+                f"expected models of equal structure on all ranks, but the {what} of rank {rank} ({other}) differ from "
+                f"rank 0's ({everyone[0]}); build the model from the same configuration everywhere"
+            )

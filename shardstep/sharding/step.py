@@ -1,0 +1,185 @@
+"""optimizer.step() as the engine sees it: check, reduce, clip, hand out flat segments, publish.
+
+`Step` is the optimizer's `FlatSource`: it never knows which rule runs, only where its numbers lie.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from shardstep.collectives import Group, Pending
+from shardstep.optim import Optimizer
+from shardstep.sharding.agreement import Act, Agreement
+from shardstep.sharding.buffers import Buffers
+from shardstep.sharding.clip import clip_coefficient, global_norm
+from shardstep.sharding.gradients import Gradients
+from shardstep.sharding.memory import Ledger
+from shardstep.sharding.space import Space
+from shardstep.types import Segment
+
+_BITS = 62
+"""Flags carried by one announced integer."""
+
+
+@dataclass
+class _Gradient:
+    """The gradient over what this rank owns of a space, possibly still on its way."""
+
+    values: Tensor
+    pending: Pending | None
+    taken: bool
+
+    def wait(self) -> Tensor:
+        if self.pending is not None:
+            self.pending.wait()
+        return self.values
+
+
+class Step:
+    """The flat shards of a model, as its optimizer updates them."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        spaces: list[Space],
+        gradients: Gradients,
+        agreement: Agreement,
+        buffers: Buffers,
+        clip_norm: float | None,
+        group: Group,
+        ledger: Ledger,
+    ) -> None:
+        self.grad_norm: float | None = None
+        """The norm of the last step's mean gradient, before clipping; None without ``clip_norm``."""
+        self._optimizer, self._spaces, self._gradients = optimizer, spaces, gradients
+        self._agreement, self._buffers, self._clip_norm = agreement, buffers, clip_norm
+        self._group, self._ledger = group, ledger
+
+    # - FlatSource
+
+    def segments(self) -> Iterator[Segment]:
+        """Everything that this rank updates, unit by unit; each unit is published as soon as it is updated."""
+        self._agree()
+        if not self._gradients.leaves:
+            return
+        self._gradients.check_complete_subtrees()
+        self._gradients.finish()
+        scale = self._scale()
+        groups = self._group_of_each()
+        publishing: list[Pending] = []
+        coming = self._gradient(self._spaces[0])
+        for space, following in zip(self._spaces, [*self._spaces[1:], None], strict=True):
+            gradient, coming = coming, self._gradient(following) if following else coming
+            yield from self._segments_of(space, gradient.wait(), groups, scale)
+            if gradient.taken:
+                self._ledger.give("gradients", gradient.values)
+            if (published := space.publish(f"publishing step {self._gradients.step}")) is not None:
+                publishing.append(published)
+        for pending in publishing:
+            pending.wait()
+        self._buffers.follow_rank_0()
+        self._gradients.spend()
+
+    def discard(self) -> None:
+        self._gradients.discard()
+
+    def whole_state(self) -> dict[nn.Parameter, dict[str, Tensor]]:
+        """Every parameter's whole state in its own shape, on every rank, with its ``step``. Collective."""
+        self._announce_reading()
+        states: dict[nn.Parameter, dict[str, Tensor]] = {}
+        for space in self._spaces:
+            whole = {name: space.whole(run, f"state {name!r}") for name, run in space.state.items()}
+            for slot, parameter, steps in zip(space.layout.slots, space.parameters, space.steps, strict=True):
+                if steps:
+                    cut = {name: flat[slot.offset : slot.end].view(slot.shape).clone() for name, flat in whole.items()}
+                    states[parameter] = {"step": torch.tensor(float(steps)), **cut}
+        return states
+
+    def adopt_state(self, state: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
+        """Cut whole states, equal on every rank, into what this rank owns; a parameter without one starts anew."""
+        for space in self._spaces:
+            for name, run in space.state.items():
+                flat = torch.zeros(space.padded_numel, dtype=run.dtype, device=run.device)
+                for slot, parameter in zip(space.layout.slots, space.parameters, strict=True):
+                    if parameter in state:
+                        flat[slot.offset : slot.end].view(slot.shape).copy_(state[parameter][name])
+                run.copy_(flat[space.owned])
+            space.steps = [int(state[p]["step"]) if p in state else 0 for p in space.parameters]
+
+    # - the parts of a step
+
+    def _agree(self) -> None:
+        """Compare the count of micro-batches, and learn which parameters and buffers any rank has touched."""
+        own = [index in space.touched for space in self._spaces for index in range(len(space.parameters))]
+        own += self._buffers.changed()
+        self._agreement.announce(Act.STEP, self._gradients.step, self._gradients.leaves, _packed(own))
+        rows = self._agreement.confirm()
+        if not rows:
+            return
+        flags = [any(column) for column in zip(*(_unpacked(row, len(own)) for row in rows), strict=True)]
+        for space in self._spaces:
+            space.touched = {index for index in range(len(space.parameters)) if flags[index]}
+            flags = flags[len(space.parameters) :]
+        self._buffers.mark(flags)
+
+    def _announce_reading(self) -> None:
+        self._agreement.announce(Act.READ_WHOLE, self._gradients.step, self._gradients.leaves)
+        self._agreement.confirm()
+
+    def _scale(self) -> float:
+        """The one factor of this step's gradient sums: their mean, clipped."""
+        leaves = self._gradients.leaves * self._group.size
+        if self._clip_norm is None:
+            return 1.0 / leaves
+        runs = [(space, space.tree.total().values) for space in self._spaces]
+        self.grad_norm = global_norm(runs, self._group, self._gradients.step) / leaves
+        return clip_coefficient(self.grad_norm, self._clip_norm) / leaves
+
+    def _group_of_each(self) -> dict[int, int]:
+        groups = enumerate(self._optimizer.param_groups)
+        return {id(parameter): index for index, group in groups for parameter in group["params"]}
+
+    def _gradient(self, space: Space) -> _Gradient:
+        """The gradient sum over what this rank owns: its run, or the whole where the state is not sharded."""
+        total = space.tree.total().values
+        if total.numel() == space.master.numel():
+            return _Gradient(total, None, taken=False)
+        flat, taken = space.kept_leaf(total.dtype), False
+        if flat is None:
+            flat, taken = self._ledger.take("gradients", space.padded_numel, total.dtype), True
+        label = f"gather of the gradients of {space.where} in step {self._gradients.step}"
+        return _Gradient(flat, self._group.all_gather(flat, total, tag=2 * space.tag + 1, label=label), taken)
+
+    def _segments_of(self, space: Space, gradient: Tensor, groups: dict[int, int], scale: float) -> Iterator[Segment]:
+        """Runs of neighbouring parameters with equal hyper-parameters and step count; untouched ones stay out."""
+        keys: list[tuple[int, int] | None] = [None] * len(space.parameters)
+        for index in space.touched:
+            space.steps[index] += 1
+            keys[index] = (groups[id(space.parameters[index])], space.steps[index])
+        begin = space.owned.start
+        low = space.values if space.master is not space.values else None
+        for key, start, stop in space.layout.runs(keys, begin, min(space.owned.stop, space.layout.numel)):
+            if key is None:
+                continue
+            group, step = key
+            run = slice(start - begin, stop - begin)
+            yield Segment(
+                group=group,
+                step=step,
+                param=space.master[run],
+                grad=gradient[run],
+                state={name: state[run] for name, state in space.state.items()},
+                low=None if low is None else low[run],
+                grad_scale=scale,
+            )
+
+
+def _packed(flags: list[bool]) -> list[int]:
+    words = [flags[start : start + _BITS] for start in range(0, len(flags), _BITS)]
+    return [sum(1 << bit for bit, flag in enumerate(word) if flag) for word in words]
+
+
+def _unpacked(words: list[int], count: int) -> list[bool]:
+    return [bool(words[index // _BITS] >> (index % _BITS) & 1) for index in range(count)]

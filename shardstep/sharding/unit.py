@@ -1,0 +1,28 @@
+"""A unit at run time: a module and the flat spaces that are gathered and freed together with it."""
+
+from torch import nn
+
+from shardstep.config import Stage
+from shardstep.sharding.space import Space
+
+
+class Unit:
+    """The root unit is named '' and comes first in the declared order of a model's units."""
+
+    def __init__(self, name: str, module: nn.Module, stage: Stage, spaces: list[Space]) -> None:
+        self.name, self.module, self.stage, self.spaces = name, module, stage, spaces
+        self.held = 0
+        """How many ``gathered`` blocks keep the unit whole."""
+
+    def start_gather(self, phase: str) -> None:
+        for space in self.spaces:
+            space.start_gather(phase)
+
+    def finish_gather(self) -> None:
+        for space in self.spaces:
+            space.finish_gather()
+
+    def free(self) -> None:
+        if not self.held:
+            for space in self.spaces:
+                space.free()

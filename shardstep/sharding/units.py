@@ -1,0 +1,127 @@
+"""Which modules are units, and which unit owns which parameter.
+
+A parameter belongs to the innermost unit around every module that uses it: one that is tied across units
+belongs to the root unit, which is whole during the entire forward. Nothing here allocates or communicates.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from shardstep.config import Precision, Stage, StageChoice, UnitChoice, matches, resolve_stage
+from shardstep.errors import ConfigError
+from shardstep.layout import Layout, lay_out
+
+
+@dataclass(frozen=True)
+class SpacePlan:
+    """A flat space to be made: its layout and the parameters in it, in slot order."""
+
+    layout: Layout
+    parameters: list[nn.Parameter]
+    precision: Precision
+
+
+@dataclass(frozen=True)
+class UnitPlan:
+    """A unit to be made. The root unit comes first and is named ''."""
+
+    name: str
+    module: nn.Module
+    stage: Stage
+    spaces: list[SpacePlan] = field(default_factory=list)
+
+
+def plan_units(
+    model: nn.Module, units: UnitChoice | None, stage: StageChoice, precision: Precision | None
+) -> list[UnitPlan]:
+    """Cut ``model`` into units, in the order in which its modules are registered."""
+    modules = {"": model, **{name: module for name, module in _chosen(model, units) if name}}
+    owned = _parameters_by_unit(model, modules)
+    plans = []
+    for name, module in modules.items():
+        if not owned[name] and name:
+            continue
+        spaces = _spaces(owned[name], precision)
+        plans.append(UnitPlan(name, module, resolve_stage(stage, name, module), spaces))
+    return plans
+
+
+def _chosen(model: nn.Module, units: UnitChoice | None) -> Iterator[tuple[str, nn.Module]]:
+    if units is None:
+        yield from repeated_blocks(model)
+        return
+    wanted = _predicate(units)
+    found = [(name, module) for name, module in model.named_modules() if wanted(name, module)]
+    if not found:
+        raise ConfigError(
+            f"expected units={units!r} to name at least one module of {type(model).__name__}, but none matches; "
+            f"give name patterns such as 'blocks.*', module classes, or a function (name, module) -> bool"
+        )
+    yield from found
+
+
+def _predicate(units: UnitChoice) -> Callable[[str, nn.Module], bool]:
+    if callable(units):
+        return units
+    choices = list(units) if not isinstance(units, str) else [units]
+    patterns = [choice for choice in choices if isinstance(choice, str)]
+    classes = tuple(choice for choice in choices if isinstance(choice, type))
+    if len(patterns) + len(classes) != len(choices):
+        raise ConfigError(f"expected units to be name patterns or module classes, got {choices!r}")
+    return lambda name, module: isinstance(module, classes) or any(matches(name, pattern) for pattern in patterns)
+
+
+def repeated_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost repeated blocks: children of one class, with modules of their own, of a list or sequence."""
+
+    def visit(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        children = [(f"{prefix}{name}", child) for name, child in module.named_children()]
+        blocks = [child for _, child in children if any(True for _ in child.parameters())]
+        alike = len(blocks) > 1 and len({type(block) for block in blocks}) == 1
+        if isinstance(module, nn.ModuleList | nn.Sequential) and alike and list(blocks[0].children()):
+            yield from (pair for pair in children if any(pair[1] is block for block in blocks))
+            return
+        for name, child in children:
+            yield from visit(f"{name}.", child)
+
+    return visit("", model)
+
+
+def _parameters_by_unit(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Each unit's own parameters, by their first fully qualified name."""
+    names = {id(module): name for name, module in modules.items()}
+    users: dict[int, set[str]] = {}
+
+    def visit(module: nn.Module, unit: str) -> None:
+        unit = names.get(id(module), unit)
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), set()).add(unit)
+        for child in module.children():
+            visit(child, unit)
+
+    visit(model, "")
+    owned: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in modules}
+    for name, parameter in model.named_parameters():
+        where = users[id(parameter)]
+        owned[next(iter(where)) if len(where) == 1 else ""].append((name, parameter))
+    return owned
+
+
+def _spaces(named: list[tuple[str, nn.Parameter]], precision: Precision | None) -> list[SpacePlan]:
+    """One space for each (trained, dtype) among the parameters, trained ones first."""
+    groups: dict[tuple[bool, Precision], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in named:
+        if not parameter.is_floating_point():
+            raise ConfigError(f"expected floating-point parameters, got {parameter.dtype} for {name!r}")
+        kind = (not parameter.requires_grad, precision or Precision.of(parameter.dtype))
+        groups.setdefault(kind, []).append((name, parameter))
+    return [
+        SpacePlan(
+            lay_out(kind[1].params, [(name, tuple(parameter.shape)) for name, parameter in members]),
+            [parameter for _, parameter in members],
+            kind[1],
+        )
+        for kind, members in sorted(groups.items(), key=lambda item: item[0][0])
+    ]

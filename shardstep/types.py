@@ -1,0 +1,52 @@
+"""Plain data that rooms on different floors hand to each other.
+
+Nothing here computes, and nothing here knows where a gradient came from or who else holds the rest.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+@dataclass
+class Segment:
+    """One flat run of elements that share hyper-parameters and step count.
+
+    ``group`` is an index into the optimizer's ``param_groups``; ``step`` counts from 1 and already includes
+    this update. All tensors are one-dimensional, contiguous and of one length. ``param`` is the float32 (or
+    float64) master and ``state`` has its dtype; ``grad`` may be of any floating dtype and is multiplied by
+    ``grad_scale`` on the way in; ``low``, if any, receives the new parameters rounded to its dtype.
+    """
+
+    group: int
+    step: int
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Tensor]
+    low: Tensor | None
+    grad_scale: float
+
+
+class FlatSource(Protocol):
+    """Whoever holds the parameters, gradients and state of an optimizer as flat runs."""
+
+    def segments(self) -> Iterator[Segment]:
+        """The runs to update now, one after another; each is updated before the next one is asked for."""
+
+    def discard(self) -> None:
+        """Forget the gradients (``zero_grad``)."""
+
+    def whole_state(self) -> dict[nn.Parameter, dict[str, Tensor]]:
+        """State in the shapes of the parameters, with ``step`` as torch keeps it (0-d float32 on the CPU).
+
+        A parameter that has never been updated is left out. Every rank gets the same answer, so every rank
+        must ask.
+        """
+
+    def adopt_state(self, state: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
+        """Replace all state by a copy of ``state``, in the form of :meth:`whole_state`.
+
+        A parameter left out starts anew.
+        """
