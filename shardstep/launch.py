@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -177,10 +177,18 @@ def _run_rank(rank: int, spec: _Spec, pipe: Connection, function: Callable[..., 
         collectives.connect_local(rank, spec.world_size, spec.store_path, spec.timeout_s)
         report = json.dumps({"result": function(*args)})
         collectives.disconnect()
+        status = 0
     except BaseException as error:
-        pipe.send_bytes(json.dumps(_describe(error)).encode())
-        raise SystemExit(1) from None
+        report, status = json.dumps(_describe(error)), 1
     pipe.send_bytes(report.encode())
+    _leave(status)
+
+
+def _leave(status: int) -> NoReturn:
+    """End at once: threads of torch that still run while the interpreter is taken down may abort or hang."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _describe(error: BaseException) -> dict[str, Any]:

@@ -31,13 +31,14 @@ class Recipe:
     """Everything that decides a run's numbers (all but ``stage``) and how it is sharded (``stage``)."""
 
     stage: int = 3
-    steps: int = 140
+    steps: int = 120
     micro_batches: int = 4  # a step's leaves, over all ranks
     micro_batch: int = 4  # windows in each
     seed: int = 0
     precision: PrecisionName = "fp32"
     text: Path | None = None  # None is the standard library's source
     lr: float = 2e-3
+    clip_norm: float = 1.0
     held_out_batches: int = 8
     sample_bytes: int = 0
     model: GPTConfig = field(default_factory=GPTConfig)
@@ -94,7 +95,11 @@ class Training:
         self.model, self.optimizer, self.scheduler = build(recipe)
         self.params = sum(parameter.numel() for parameter in self.model.parameters())
         self.sharded = ss.shard(
-            self.model, self.optimizer, stage=recipe.stage, precision=precision_named(recipe.precision)
+            self.model,
+            self.optimizer,
+            stage=recipe.stage,
+            precision=precision_named(recipe.precision),
+            clip_norm=recipe.clip_norm,
         )
 
     def steps(self) -> Iterator[StepReport]:

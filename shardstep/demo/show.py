@@ -24,11 +24,11 @@ class StepBar:
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
         self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TextColumn("{task.description}"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
+            refresh_per_second=2,
         )
         self._task = self._bar.add_task("", total=recipe.steps)
 
@@ -44,10 +44,12 @@ class StepBar:
             f"loss {report.loss:.3f}",
             f"lr {report.lr:.1e}",
             f"{tokens / report.step_s:,.0f} tokens/s",
-            f"{_megabytes(peak_rss_bytes())} per rank",
+            f"{_megabytes(peak_rss_bytes())}/rank",
         )
         self._bar.start()
-        self._bar.update(self._task, completed=report.step, description=" · ".join(figures))
+        self._bar.update(self._task, completed=report.step, description=" ".join(figures))
+        if report.step == self._recipe.steps:
+            self._bar.stop()
 
 
 def train_shown(recipe: Recipe) -> dict[str, Any]:
@@ -74,6 +76,8 @@ def print_outcome(console: Console, outcomes: list[Outcome]) -> None:
     )
     console.print(Panel(Text(_printable(first.sample)), title="what it writes", title_align="left"))
     console.print(_table_of_bytes(outcomes))
+    rss = max(outcome.peak_rss_bytes for outcome in outcomes)
+    console.print(f"a whole rank, with Python, torch and activations: {_megabytes(rss)}\n", highlight=False)
 
 
 def print_same_bits(console: Console, proof: SameBits) -> None:
@@ -94,8 +98,6 @@ def _table_of_bytes(outcomes: list[Outcome]) -> Table:
     for part, name in _PARTS.items():
         books = (fullest.bytes[book][part] for book in ("unsharded", "peak", "formula"))
         table.add_row(name, *(f"{count:,}" for count in books), end_section=part == "state")
-    rss = max(outcome.peak_rss_bytes for outcome in outcomes)
-    table.caption = f"peak of a whole rank, with Python, torch and activations: {_megabytes(rss)}"
     return table
 
 

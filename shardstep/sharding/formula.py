@@ -15,7 +15,7 @@ from torch import Tensor
 from shardstep.config import Precision, Schedule, Stage
 from shardstep.layout import Layout
 from shardstep.sharding.memory import Bytes, Ledger
-from shardstep.sharding.reduce import Partial, Tree
+from shardstep.sharding.reduce import Home, Partial, Tree
 
 
 @dataclass(frozen=True)
@@ -163,13 +163,13 @@ class _Leaves:
 
     def close(self) -> None:
         assert self._leaf is not None
-        self._local.push(self._leaf, owned=self._kept is None)
+        self._local.push(self._leaf, home="tree" if self._kept is None else "kept")
         self._leaf = None
 
     def launch(self) -> None:
         sent = self._local.hand_over()
         if self._world_size == 1:
-            self.tree.push(sent.values, owned=sent.owned, level=sent.level)
+            self.tree.push(sent.values, home=sent.home, level=sent.level)
             return
         self._sent = sent
         self._received = [self._take(self._shard, sent.values.dtype) for _ in range(self._world_size - 1)]
@@ -178,10 +178,11 @@ class _Leaves:
         sent, self._sent = self._sent, None
         if sent is None:
             return
-        self.tree.push(sent.values[: self._shard], owned=False, level=sent.level)
+        own: Home = "kept" if sent.home == "kept" else "passing"
+        self.tree.push(sent.values[: self._shard], home=own, level=sent.level)
         for values in self._received:
-            self.tree.push(values, owned=True, level=sent.level)
-        if sent.owned:
+            self.tree.push(values, home="tree", level=sent.level)
+        if sent.home == "tree":
             self.tree.settle()
             self._ledger.give("gradients", sent.values)
 

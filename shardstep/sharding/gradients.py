@@ -128,7 +128,7 @@ class Gradients:
         self._land()
         sent = space.local.hand_over()
         if self._group.size == 1:
-            space.tree.push(sent.values, owned=sent.owned, level=sent.level)
+            space.tree.push(sent.values, home=sent.home, level=sent.level)
             return
         received = [
             None if rank == self._group.rank else self._ledger.take("gradients", space.shard_numel, sent.values.dtype)
@@ -148,11 +148,11 @@ class Gradients:
         space, sent = flight.space, flight.sent
         own = sent.values.chunk(self._group.size)[self._group.rank]
         for values in flight.received:
-            if values is None:
-                space.tree.push(own, owned=False, level=sent.level)
+            if values is not None:
+                space.tree.push(values, home="tree", level=sent.level)
             else:
-                space.tree.push(values, owned=True, level=sent.level)
-        if sent.owned:
+                space.tree.push(own, home="kept" if sent.home == "kept" else "passing", level=sent.level)
+        if sent.home == "tree":
             space.tree.settle()
             self._ledger.give("gradients", sent.values)
 

@@ -7,6 +7,7 @@ log2(leaves) + 1 partial sums live at once. Nothing here communicates.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,14 +18,18 @@ _TILE_NUMEL = 65_536
 """Elements widened at a time: the scratch stays in the cache."""
 
 
+Home = Literal["tree", "kept", "passing"]
+"""Whose memory holds a partial sum: the tree's own buffer of the ledger, which it gives back; a buffer that is kept
+between steps, lent until ``settle`` or ``clear`` and free to be written; or one that may only be read until then."""
+
+
 @dataclass
 class Partial:
     """The sum of a complete subtree of 2**level leaves."""
 
     level: int
     values: Tensor
-    owned: bool
-    """Whether ``values`` is a whole buffer of the ledger, to be added into and given back."""
+    home: Home
 
 
 class Tree:
@@ -41,20 +46,20 @@ class Tree:
     def __len__(self) -> int:
         return len(self._partials)
 
-    def push(self, values: Tensor, *, owned: bool, level: int = 0) -> None:
-        """Add the next subtree. An ``owned`` buffer passes to the tree; another must stay as it is until settled."""
-        later = Partial(level, values, owned)
+    def push(self, values: Tensor, *, home: Home, level: int = 0) -> None:
+        """Add the next subtree."""
+        later = Partial(level, values, home)
         while self._partials and self._partials[-1].level == later.level:
             later = self._add(self._partials.pop(), later, later.level + 1)
         self._partials.append(later)
 
     def settle(self) -> None:
-        """Copy every partial that lies in somebody else's memory into a buffer of its own."""
+        """Copy every partial that lies in lent memory into a buffer of its own."""
         for partial in self._partials:
-            if not partial.owned:
+            if partial.home != "tree":
                 copy = self._ledger.take("gradients", partial.values.numel(), partial.values.dtype)
                 partial.values = copy.copy_(partial.values)
-                partial.owned = True
+                partial.home = "tree"
 
     def total(self) -> Partial:
         """The sum of all leaves so far, in place of the partial sums."""
@@ -78,17 +83,20 @@ class Tree:
         self._partials.clear()
 
     def _add(self, earlier: Partial, later: Partial, level: int) -> Partial:
-        """earlier + later, in whichever of the two buffers may hold it."""
-        reusable = [p for p in (earlier, later) if p.owned and p.values.dtype == self._dtype]
-        values = reusable[0].values if reusable else self._ledger.take("gradients", later.values.numel(), self._dtype)
-        _sum_into(values, earlier.values, later.values)
+        """earlier + later, in a kept buffer if one of them has it, else in the tree's own or a new one."""
+        writable = [p for p in (earlier, later) if p.home != "passing" and p.values.dtype == self._dtype]
+        if writable:
+            into = min(writable, key=lambda partial: partial.home)
+        else:
+            into = Partial(level, self._ledger.take("gradients", later.values.numel(), self._dtype), "tree")
+        _sum_into(into.values, earlier.values, later.values)
         for partial in (earlier, later):
-            if partial.values is not values:
+            if partial is not into:
                 self._release(partial)
-        return Partial(level, values, owned=True)
+        return Partial(level, into.values, into.home)
 
     def _release(self, partial: Partial) -> None:
-        if partial.owned:
+        if partial.home == "tree":
             self._ledger.give("gradients", partial.values)
 
 

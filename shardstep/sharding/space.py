@@ -162,7 +162,7 @@ class Space:
             leaf[slot.offset : slot.end].zero_()
         self.touched |= self._written
         self._written, self._leaf = set(), None
-        self.local.push(leaf, owned=leaf is not self._kept_leaf)
+        self.local.push(leaf, home="kept" if leaf is self._kept_leaf else "tree")
 
     def _open_leaf(self) -> Tensor:
         if self._leaf is None:
