@@ -13,10 +13,12 @@ by all_to_all_single 3.6, reduce_scatter_tensor 7.0. Messages carry a tag per un
 that go out of order cannot be taken for one another, which gloo's collectives silently do.
 """
 
+import atexit
 import json
 import os
 import socket
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -55,6 +57,8 @@ def connect_local(rank: int, world_size: int, store_path: str, timeout_s: float 
 
 def disconnect() -> None:
     """Leave the process group, if there is one."""
+    for group in list(_GROUPS):
+        group.close()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -110,6 +114,16 @@ class Group:
             self._control = dist.new_group(
                 self._ranks, backend="gloo", timeout=_timeout(self._data), use_local_synchronization=True
             )
+            _GROUPS.add(self)
+
+    def close(self) -> None:
+        """Let go of torch's groups.
+
+        While anybody refers to one, gloo's threads go on past destroy_process_group() and into the interpreter's
+        last moments, where they abort the process.
+        """
+        del self._data, self._control
+        _GROUPS.discard(self)
 
     def all_gather(self, flat: Tensor, shard: Tensor, *, tag: int, label: str) -> Pending:
         """Fill ``flat`` (size × n elements) from every rank's ``shard`` (n elements), in rank order.
@@ -209,6 +223,15 @@ class Group:
     def _count(self, sent_bytes: int) -> None:
         self.traffic.sent_bytes += sent_bytes
         self.traffic.calls += 1
+
+
+_GROUPS: weakref.WeakSet[Group] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_groups() -> None:
+    for group in list(_GROUPS):
+        group.close()
 
 
 class Announcement:

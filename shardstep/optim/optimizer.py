@@ -86,6 +86,11 @@ class Optimizer(torch.optim.Optimizer):
                     f"{param.dtype}; convert it or leave it out"
                 )
 
+    @property
+    def attached(self) -> bool:
+        """Whether a source holds the state."""
+        return self._source is not None
+
     def attach(self, source: FlatSource) -> None:
         """Let ``source`` hold parameters, gradients and state from now on; it takes over the state there is.
 
@@ -93,8 +98,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         if self._source is not None:
             raise ConfigError("expected an optimizer that is not sharded yet, got one that is; shard it only once")
-        if self.state:
-            source.adopt_state(cast("Mapping[nn.Parameter, Mapping[str, Tensor]]", self.state))
+        source.adopt_state(cast("Mapping[nn.Parameter, Mapping[str, Tensor]]", self.state))
         self._source = source
         self.state = defaultdict(dict)
 

@@ -1,8 +1,9 @@
 """Before ranks rely on one another they say what they are about to do, and compare.
 
-An announcement is a few integers on the control channel. It is sent at once and compared later, just before
-the first wait for data that depends on it, so that a rank that does something else is named within that
-wait instead of hanging it. Nothing here moves tensors.
+An announcement is a few integers on the control channel, as many for every act (gloo ends the process when
+lengths differ). It is sent at once and compared later, just before the first wait for data that depends on it,
+so that a rank that does something else is named within that wait instead of hanging it. Nothing here moves
+tensors.
 """
 
 from collections.abc import Sequence
@@ -29,29 +30,46 @@ _SENTENCES = {
 }
 
 
-class Agreement:
-    """The announcements that this rank has sent and not yet compared."""
+_BITS = 62
+"""Flags carried by one announced integer."""
 
-    def __init__(self, group: Group) -> None:
-        self._group = group
+
+class Agreement:
+    """The announcements that this rank has sent and not yet compared; each may carry ``flags`` flags."""
+
+    def __init__(self, group: Group, flags: int) -> None:
+        self._group, self._flags = group, flags
         self._sent: list[Announcement] = []
 
-    def announce(self, act: Act, step: int, leaves: int, details: Sequence[int] = ()) -> None:
+    def announce(self, act: Act, step: int, leaves: int, flags: Sequence[bool] = ()) -> None:
         """Tell the other ranks; ``leaves`` counts this rank's finished backward passes of the step."""
         if self._group.size > 1:
             label = f"agreement to {act.name.lower().replace('_', ' ')} at step {step}"
-            self._sent.append(self._group.announce([act, step, leaves, *details], label=label))
+            words = _packed([*flags, *[False] * (self._flags - len(flags))])
+            self._sent.append(self._group.announce([act, step, leaves, *words], label=label))
 
-    def confirm(self) -> list[list[int]]:
-        """Compare all that was announced; return every rank's details of the last announcement."""
-        details: list[list[int]] = []
+    def confirm(self) -> list[bool] | None:
+        """Compare all that was announced; return the flags that any rank has set in the last announcement.
+
+        None when nothing was left to compare, and with one rank.
+        """
+        flags = None
         while self._sent:
             rows = self._sent.pop(0).rows()
             if any(row[:3] != rows[0][:3] for row in rows):
                 self._sent.clear()
                 raise RankMismatchError(_mismatch(rows))
-            details = [row[3:] for row in rows]
-        return details
+            flags = [any(column) for column in zip(*(_unpacked(row[3:], self._flags) for row in rows), strict=True)]
+        return flags
+
+
+def _packed(flags: Sequence[bool]) -> list[int]:
+    words = [flags[start : start + _BITS] for start in range(0, len(flags), _BITS)]
+    return [sum(1 << bit for bit, flag in enumerate(word) if flag) for word in words]
+
+
+def _unpacked(words: Sequence[int], count: int) -> list[bool]:
+    return [bool(words[index // _BITS] >> (index % _BITS) & 1) for index in range(count)]
 
 
 def _mismatch(rows: list[list[int]]) -> str:

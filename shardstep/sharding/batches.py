@@ -86,6 +86,12 @@ class BatchPlan:
     def steps_per_epoch(self) -> int:
         return self.samples // self.global_batch
 
+    def steps(self, epochs: int, start_step: int) -> range:
+        """The steps of ``epochs`` epochs, from ``start_step`` on."""
+        if isinstance(start_step, bool) or not isinstance(start_step, int) or start_step < 0:
+            raise ConfigError(f"expected start_step to be 0 or a positive integer, got {start_step!r}")
+        return range(start_step, epochs * self.steps_per_epoch)
+
     def own_indices(self) -> Sequence[int]:
         """This rank's micro-batches of a step: every world_size-th per leaf, a contiguous run per step."""
         if self.schedule == "per leaf":

@@ -17,12 +17,13 @@ class Buffers:
     def __init__(self, model: nn.Module, group: Group) -> None:
         self._model, self._group = model, group
         kept = model.state_dict(keep_vars=True)
-        self._owners: dict[str, list[str]] = {}
+        self.owners: dict[str, list[str]] = {}
+        """The names of each owner's buffers."""
         for name, _ in model.named_buffers():
             if name in kept:
-                self._owners.setdefault(name.rpartition(".")[0], []).append(name)
-        self._marked = [True] * len(self._owners)
-        self.follow_rank_0()
+                self.owners.setdefault(name.rpartition(".")[0], []).append(name)
+        self._marked = [True] * len(self.owners)
+        self._seen = self._versions()
 
     def changed(self) -> list[bool]:
         """For each owner, whether this rank has written any of its buffers since it last followed rank 0."""
@@ -35,7 +36,7 @@ class Buffers:
     def follow_rank_0(self) -> None:
         """Overwrite the marked owners' buffers with rank 0's. Collective."""
         if self._group.size > 1:
-            for names, marked in zip(self._owners.values(), self._marked, strict=True):
+            for names, marked in zip(self.owners.values(), self._marked, strict=True):
                 for name in names if marked else ():
                     self._broadcast(name, self._model.get_buffer(name))
         self._seen = self._versions()
@@ -47,5 +48,5 @@ class Buffers:
             buffer.copy_(raw.view(buffer.dtype).view(buffer.shape))
 
     def _versions(self) -> list[list[tuple[int, int]]]:
-        tensors = [[self._model.get_buffer(name) for name in names] for names in self._owners.values()]
+        tensors = [[self._model.get_buffer(name) for name in names] for names in self.owners.values()]
         return [[(id(tensor), tensor._version) for tensor in owned] for owned in tensors]

@@ -39,7 +39,7 @@ def block_sums(values: Tensor) -> Tensor:
     blocks = values.view(-1, BLOCK_NUMEL)
     sums = torch.empty(blocks.shape[0], dtype=torch.float64, device=values.device)
     for start in range(0, blocks.shape[0], _TILE_BLOCKS):
-        squares = blocks[start : start + _TILE_BLOCKS].double().square_()
+        squares = blocks[start : start + _TILE_BLOCKS].double().square()
         while squares.shape[1] > 1:
             half = squares.shape[1] // 2
             squares = squares[:, :half] + squares[:, half:]

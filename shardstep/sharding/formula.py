@@ -2,8 +2,9 @@
 
 Persistent bytes follow from the stages alone. What is in flight follows from the order of events: gathers run
 `prefetch` units ahead of the declared order; leaves complete from the last unit to the first, the root's
-last; one exchange is on its way at a time. Exact when every parameter gets a gradient and each unit's leaf is
-complete before the unit before it begins. Nothing here allocates.
+last; one exchange is on its way at a time. Exact when every parameter gets a gradient, each unit's leaf is
+complete before the unit before it begins, and under the schedule per step the last micro-batch is known
+(`micro_batches` says so; a loop of one's own sends everything in `step()`). Nothing here allocates.
 """
 
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ class Formula:
     prefetch: int
     state_names: int
     schedule: Schedule
+    rank: int
 
     def of(self, own_leaves: int) -> "Formula":
         """The same for another number of micro-batches a step on each rank."""
@@ -46,7 +48,7 @@ class Formula:
     def unsharded(self) -> "Formula":
         """The same training on one rank, at stage 0."""
         units = [[replace(space, stage=Stage(False, False, False)) for space in unit] for unit in self.units]
-        return replace(self, units=units, world_size=1, own_leaves=self.own_leaves * self.world_size)
+        return replace(self, units=units, world_size=1, rank=0, own_leaves=self.own_leaves * self.world_size)
 
     def peak(self) -> Bytes:
         """Peak bytes on one rank while training with ``own_leaves`` micro-batches a step."""
@@ -144,7 +146,8 @@ class _Leaves:
     """The gradient buffers of one space, counted without memory."""
 
     def __init__(self, space: SpaceSize, formula: Formula, ledger: Ledger) -> None:
-        self._space, self._world_size, self._ledger = space, formula.world_size, ledger
+        self._space, self._ledger = space, ledger
+        self._world_size, self._rank = formula.world_size, formula.rank
         self._padded = space.layout.padded_numel(formula.world_size)
         self._shard = space.layout.shard_numel(formula.world_size)
         self.tree, self._local = (Tree(ledger, space.precision.master) for _ in range(2))
@@ -179,8 +182,10 @@ class _Leaves:
         if sent is None:
             return
         own: Home = "kept" if sent.home == "kept" else "passing"
+        for values in self._received[: self._rank]:
+            self.tree.push(values, home="tree", level=sent.level)
         self.tree.push(sent.values[: self._shard], home=own, level=sent.level)
-        for values in self._received:
+        for values in self._received[self._rank :]:
             self.tree.push(values, home="tree", level=sent.level)
         if sent.home == "tree":
             self.tree.settle()

@@ -50,6 +50,9 @@ class FreedParameter(nn.Parameter):
             f"(its unit {self.shardstep_unit!r} is not gathered)"
         )
 
+    def __format__(self, spec: str) -> str:
+        return format(repr(self), spec)
+
     def __deepcopy__(self, memo: object) -> Tensor:
         raise FreedParameterError(_sentence(self, "deepcopy"))
 

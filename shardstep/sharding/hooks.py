@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
+from shardstep.errors import CollectiveError
 from shardstep.sharding.agreement import Act, Agreement
 from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.space import Space
@@ -33,6 +34,7 @@ class Hooks:
         self._units, self._gradients, self._agreement = units, gradients, agreement
         self._prefetch, self._input_dtype = prefetch, input_dtype
         self._depth = 0
+        self._lost = False
         self._ready = [0] * len(units)
         for order, unit in enumerate(units):
             self._install(order, unit)
@@ -64,6 +66,8 @@ class Hooks:
 
     def _after_forward(self, order: int, output: Any) -> None:
         self._depth -= 1
+        if self._lost:
+            return
         unit = self._units[order]
         if torch.is_grad_enabled():
             for tensor in tensors_in(output):
@@ -115,8 +119,12 @@ class Hooks:
         unit.start_gather(phase)
         for other in ahead:
             other.start_gather(phase)
-        self._agreement.confirm()
-        unit.finish_gather()
+        try:
+            self._agreement.confirm()
+            unit.finish_gather()
+        except CollectiveError:
+            self._lost = True  # what is on its way may never arrive: nothing must wait for it on the way out
+            raise
 
     def _free_all(self) -> None:
         for unit in self._units:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from shardstep.collectives import Group, ProcessGroup, Traffic
-from shardstep.config import Precision, StageChoice, UnitChoice, checked_schedule
+from shardstep.config import Precision, Schedule, StageChoice, UnitChoice, checked_schedule
 from shardstep.errors import ConfigError, OwnershipError, RankMismatchError
 from shardstep.layout import fingerprint
 from shardstep.optim import Optimizer
@@ -56,7 +56,7 @@ class Sharded:
         return self._group.size
 
     @property
-    def schedule(self) -> str:
+    def schedule(self) -> Schedule:
         """'per leaf' or 'per step'."""
         return self._gradients.schedule
 
@@ -106,11 +106,8 @@ class Sharded:
         The dataset is shuffled by the seed, the last partial global batch of an epoch is dropped, and the random
         generators are seeded for each (seed, step, micro-batch), so nothing depends on the world size.
         """
-        plan = BatchPlan(
-            len(dataset), global_batch, micro_batch, seed, self.rank, self.world_size, self._gradients.schedule
-        )
-        steps = range(start_step, epochs * plan.steps_per_epoch)
-        return micro_batches(dataset, plan, steps, collate, self._gradients.expect)
+        plan = BatchPlan(len(dataset), global_batch, micro_batch, seed, self.rank, self.world_size, self.schedule)
+        return micro_batches(dataset, plan, plan.steps(epochs, start_step), collate, self._gradients.expect)
 
 
 def shard(
@@ -137,20 +134,23 @@ def shard(
     All ranks call it with models of equal structure; they go on from rank 0's values. Raises ConfigError,
     OwnershipError or RankMismatchError before anything is changed.
     """
-    _check_arguments(model, optimizer, clip_norm, prefetch)
+    _check_arguments(model, optimizer, precision, clip_norm, prefetch)
     device = _one_device(model)
     _check_ownership(model, optimizer)
     plans = plan_units(model, units, stage, precision)
     schedule_ = checked_schedule(schedule, {plan.name: plan.stage for plan in plans})
     ranks = Group(group)
-    _check_equal_structure(plans, ranks)
-
-    ledger, agreement = Ledger(device), Agreement(ranks)
     buffers = Buffers(model, ranks)
+    _check_equal_on_all_ranks(_described(plans, buffers, schedule_, clip_norm), ranks)
+
+    ledger = Ledger(device)
+    buffers.follow_rank_0()
     built = _build(plans, ranks, ledger)
     trained = [space for unit in built for space in unit.spaces if space.trained]
     for space in trained:
         space.make_state(optimizer.state_names)
+    flags = sum(len(space.parameters) for space in trained) + len(buffers.owners)
+    agreement = Agreement(ranks, flags)
     gradients = Gradients(trained, ranks, ledger, schedule_, agreement)
     step = Step(optimizer, trained, gradients, agreement, buffers, clip_norm, ranks, ledger)
     Hooks(built, gradients, agreement, prefetch, precision.params if precision else None)
@@ -159,7 +159,7 @@ def shard(
         setattr(module, ATTRIBUTE, whole)
     optimizer.attach(step)
     sizes = [[SpaceSize(s.layout, s.precision, s.trained, s.stage) for s in unit.spaces] for unit in built]
-    formula = Formula(sizes, ranks.size, 1, prefetch, len(optimizer.state_names), schedule_)
+    formula = Formula(sizes, ranks.size, 1, prefetch, len(optimizer.state_names), schedule_, ranks.rank)
     return Sharded(built, ranks, ledger, gradients, step, formula)
 
 
@@ -176,7 +176,9 @@ def _build(plans: list[UnitPlan], group: Group, ledger: Ledger) -> list[Unit]:
     return units
 
 
-def _check_arguments(model: nn.Module, optimizer: Optimizer, clip_norm: float | None, prefetch: int) -> None:
+def _check_arguments(
+    model: nn.Module, optimizer: Optimizer, precision: Precision | None, clip_norm: float | None, prefetch: int
+) -> None:
     if not isinstance(optimizer, Optimizer):
         raise ConfigError(
             f"expected an optimizer of shardstep.optim, whose rule can run on shards, got "
@@ -186,9 +188,13 @@ def _check_arguments(model: nn.Module, optimizer: Optimizer, clip_norm: float | 
         raise ConfigError("expected a model that is not sharded yet, but shard() was already called on this one")
     if any(getattr(module, ATTRIBUTE, None) is not None for module in model.modules()):
         raise ConfigError("expected a model that is not sharded yet, but shard() was already called on a part of it")
+    if optimizer.attached:
+        raise ConfigError("expected an optimizer that is not sharded yet, got one that is; make one for this model")
     if not any(True for _ in model.parameters()):
         raise ConfigError(f"expected a model with parameters, but {type(model).__name__} has none; nothing to shard")
-    if clip_norm is not None and not clip_norm > 0:
+    if precision is not None and not isinstance(precision, Precision):
+        raise ConfigError(f"expected precision to be a shardstep.Precision or None, got {precision!r}")
+    if clip_norm is not None and not (isinstance(clip_norm, int | float) and clip_norm > 0):
         raise ConfigError(f"expected clip_norm to be a positive number or None, got {clip_norm!r}")
     if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
         raise ConfigError(f"expected prefetch to be 0 or a positive number of units, got {prefetch!r}")
@@ -227,14 +233,26 @@ def _check_ownership(model: nn.Module, optimizer: Optimizer) -> None:
             raise OwnershipError(f"expected the optimizer to own {name!r} once, but it is there {count} times")
 
 
-def _check_equal_structure(plans: list[UnitPlan], group: Group) -> None:
-    own = fingerprint((plan.name, space.layout) for plan in plans for space in plan.spaces)
-    stages = "".join(str(plan.stage.number) for plan in plans)
-    everyone = group.exchange_json([own, stages], label="comparison of the models' structure")
+def _described(
+    plans: list[UnitPlan], buffers: Buffers, schedule: str, clip_norm: float | None
+) -> dict[str, str | float | None]:
+    """What must be the same everywhere, by the name that a message gives it."""
+    return {
+        "layout": fingerprint((plan.name, space.layout) for plan in plans for space in plan.spaces),
+        "stages": ", ".join(f"{plan.name!r}: {plan.stage.number}" for plan in plans),
+        "buffers": ", ".join(buffers.owners),
+        "precision": ", ".join(sorted({str(space.precision) for plan in plans for space in plan.spaces})),
+        "schedule": schedule,
+        "clip_norm": clip_norm,
+    }
+
+
+def _check_equal_on_all_ranks(own: dict[str, str | float | None], group: Group) -> None:
+    everyone = group.exchange_json(own, label="comparison of models and options in shard()")
     for rank, other in enumerate(everyone):
-        if other != everyone[0]:
-            what = "layouts" if other[0] != everyone[0][0] else "stages"
-            raise RankMismatchError(
-                f"expected models of equal structure on all ranks, but the {what} of rank {rank} ({other}) differ from "
-                f"rank 0's ({everyone[0]}); build the model from the same configuration everywhere"
-            )
+        for name, value in other.items():
+            if value != everyone[0][name]:
+                raise RankMismatchError(
+                    f"expected models of equal structure and equal options on all ranks, but the {name} of rank {rank} "
+                    f"({value}) differs from rank 0's ({everyone[0][name]}); build and shard the same way everywhere"
+                )

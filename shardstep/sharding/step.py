@@ -19,9 +19,6 @@ from shardstep.sharding.memory import Ledger
 from shardstep.sharding.space import Space
 from shardstep.types import Segment
 
-_BITS = 62
-"""Flags carried by one announced integer."""
-
 
 @dataclass
 class _Gradient:
@@ -66,6 +63,8 @@ class Step:
             return
         self._gradients.check_complete_subtrees()
         self._gradients.finish()
+        for space in self._spaces:
+            space.tree.total()
         scale = self._scale()
         groups = self._group_of_each()
         publishing: list[Pending] = []
@@ -98,15 +97,27 @@ class Step:
         return states
 
     def adopt_state(self, state: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
-        """Cut whole states, equal on every rank, into what this rank owns; a parameter without one starts anew."""
+        """Cut rank 0's whole states into what each rank owns; a parameter without one starts anew. Collective."""
         for space in self._spaces:
+            steps = torch.tensor([int(state[p]["step"]) if p in state else 0 for p in space.parameters])
+            steps = steps.to(self._ledger.device)
+            self._group.broadcast(steps, label=f"broadcast of the step counts of {space.where}")
+            space.steps = steps.tolist()
             for name, run in space.state.items():
-                flat = torch.zeros(space.padded_numel, dtype=run.dtype, device=run.device)
-                for slot, parameter in zip(space.layout.slots, space.parameters, strict=True):
-                    if parameter in state:
-                        flat[slot.offset : slot.end].view(slot.shape).copy_(state[parameter][name])
-                run.copy_(flat[space.owned])
-            space.steps = [int(state[p]["step"]) if p in state else 0 for p in space.parameters]
+                if any(space.steps):
+                    run.copy_(self._whole_from_rank_0(space, name, run, state)[space.owned])
+                else:
+                    run.zero_()
+
+    def _whole_from_rank_0(
+        self, space: Space, name: str, run: Tensor, state: Mapping[nn.Parameter, Mapping[str, Tensor]]
+    ) -> Tensor:
+        flat = torch.zeros(space.padded_numel, dtype=run.dtype, device=run.device)
+        for slot, parameter in zip(space.layout.slots, space.parameters, strict=True):
+            if parameter in state:
+                flat[slot.offset : slot.end].view(slot.shape).copy_(state[parameter][name])
+        self._group.broadcast(flat, label=f"broadcast of state {name!r} of {space.where}")
+        return flat
 
     # - the parts of a step
 
@@ -114,11 +125,10 @@ class Step:
         """Compare the count of micro-batches, and learn which parameters and buffers any rank has touched."""
         own = [index in space.touched for space in self._spaces for index in range(len(space.parameters))]
         own += self._buffers.changed()
-        self._agreement.announce(Act.STEP, self._gradients.step, self._gradients.leaves, _packed(own))
-        rows = self._agreement.confirm()
-        if not rows:
+        self._agreement.announce(Act.STEP, self._gradients.step, self._gradients.leaves, own)
+        flags = self._agreement.confirm()
+        if flags is None:
             return
-        flags = [any(column) for column in zip(*(_unpacked(row, len(own)) for row in rows), strict=True)]
         for space in self._spaces:
             space.touched = {index for index in range(len(space.parameters)) if flags[index]}
             flags = flags[len(space.parameters) :]
@@ -174,12 +184,3 @@ class Step:
                 low=None if low is None else low[run],
                 grad_scale=scale,
             )
-
-
-def _packed(flags: list[bool]) -> list[int]:
-    words = [flags[start : start + _BITS] for start in range(0, len(flags), _BITS)]
-    return [sum(1 << bit for bit, flag in enumerate(word) if flag) for word in words]
-
-
-def _unpacked(words: list[int], count: int) -> list[bool]:
-    return [bool(words[index // _BITS] >> (index % _BITS) & 1) for index in range(count)]
