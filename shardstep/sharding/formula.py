@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shardstep.config import Precision, Schedule, Stage
 from shardstep.layout import Layout
+from shardstep.sharding.hooks import begins_backward
 from shardstep.sharding.memory import Bytes, Ledger
 from shardstep.sharding.reduce import Home, Partial, Tree
 
@@ -56,7 +57,11 @@ class Formula:
 
     def traffic(self) -> int:
         """Bytes that one rank sends in a step to gather, exchange and publish (norms and control left out)."""
-        return sum(self._sent(space) for space in self._spaces())
+        return sum(
+            self._sent(space, 1 if begins_backward(order, len(self.units), self.prefetch) else 2)
+            for order, unit in enumerate(self.units)
+            for space in unit
+        )
 
     # - the terms
 
@@ -126,11 +131,14 @@ class Formula:
         ledger.count("gradients", max(pairs, default=0))
         return ledger.peak.gradients
 
-    def _sent(self, space: SpaceSize) -> int:
-        """Every run goes to every peer: one copy of a shard for each of the others."""
+    def _sent(self, space: SpaceSize, gathers: int) -> int:
+        """Every run goes to every peer: one copy of a shard for each of the others.
+
+        ``gathers``: how often a micro-batch gathers the parameters, once if they stay whole over the turn.
+        """
         one_gather = self._shard(space) * (self.world_size - 1)
         params, reduce = space.precision.params.itemsize, space.precision.reduce.itemsize
-        sent = 2 * self.own_leaves * one_gather * params if space.stage.shard_params else 0
+        sent = gathers * self.own_leaves * one_gather * params if space.stage.shard_params else 0
         if not space.trained:
             return sent
         if self.schedule == "per leaf" or self.own_leaves == 1:

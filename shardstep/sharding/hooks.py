@@ -1,8 +1,9 @@
 """When units are gathered and freed: hooks on their modules' forward, outputs and parameters.
 
 Forward: gather the unit, begin to gather the next ones in declared order, free it after. Backward: the same
-from the other end; a unit is freed as soon as its leaf is complete. A module that runs out of the declared
-order is gathered late, and nothing else changes. This room decides when; `Space` and `Gradients` do it.
+from the other end; a unit is freed as soon as its leaf is complete. What backward begins with, the root and as
+many of the last units as are whole at once anyway, stays whole over the turn. A module that runs out of the
+declared order is gathered late, and nothing else changes. This room decides when; `Space` and `Gradients` do it.
 """
 
 import dataclasses
@@ -69,16 +70,26 @@ class Hooks:
         if self._lost:
             return
         unit = self._units[order]
-        if torch.is_grad_enabled():
-            for tensor in tensors_in(output):
-                if tensor.requires_grad and tensor.grad_fn is not None:
-                    hooked: Any = tensor  # torch leaves this untyped
-                    hooked.register_hook(lambda grad: self._before_backward(order))
+        turning = torch.is_grad_enabled() and self._announce_backward(order, output)
         if self._gradients.in_backward:
             return
-        unit.free()
+        if not (turning and self._begins_backward(order)):
+            unit.free()
         if self._depth == 0:
-            self._free_all()
+            for other, unit in enumerate(self._units):
+                if not (turning and self._begins_backward(other)):
+                    unit.free()
+
+    def _announce_backward(self, order: int, output: Any) -> bool:
+        """Have backward gather the unit when it reaches one of its outputs; False when it never will."""
+        reached = [tensor for tensor in tensors_in(output) if tensor.requires_grad and tensor.grad_fn is not None]
+        for tensor in reached:
+            hooked: Any = tensor  # torch leaves this untyped
+            hooked.register_hook(lambda grad: self._before_backward(order))
+        return bool(reached)
+
+    def _begins_backward(self, order: int) -> bool:
+        return begins_backward(order, len(self._units), self._prefetch)
 
     # - backward
 
@@ -107,7 +118,8 @@ class Hooks:
 
     def _after_backward(self) -> None:
         self._gradients.end_backward()
-        self._free_all()
+        for unit in self._units:
+            unit.free()
 
     # - both
 
@@ -126,14 +138,14 @@ class Hooks:
             self._lost = True  # what is on its way may never arrive: nothing must wait for it on the way out
             raise
 
-    def _free_all(self) -> None:
-        for unit in self._units:
-            unit.free()
+
+def begins_backward(order: int, units: int, prefetch: int) -> bool:
+    """Whether backward begins with this unit: the root, or one of the last ``1 + prefetch`` in declared order."""
+    return order == 0 or order >= units - 1 - prefetch
 
 
 def _communicates(unit: Unit) -> bool:
-    """Whether gathering the unit is a collective (and not already done for a ``gathered`` block)."""
-    return unit.stage.shard_params and not unit.held
+    return any(space.communicates for space in unit.spaces)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

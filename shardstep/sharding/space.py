@@ -49,6 +49,8 @@ class Space:
         self.local = Tree(ledger, precision.master)
         self.state: dict[str, Tensor] = {}
         self.is_whole = True
+        self.held = 0
+        """How many ``gathered`` blocks keep the parameters whole."""
         self._group, self._ledger = group, ledger
         self._classes = [type(parameter) for parameter in parameters]
         self._gathering: Pending | None = None
@@ -88,6 +90,11 @@ class Space:
         return f"unit {self.unit_name!r}" if self.unit_name else "the root unit"
 
     @property
+    def communicates(self) -> bool:
+        """Whether gathering and freeing the parameters does anything (it does not in a ``gathered`` block)."""
+        return self.stage.shard_params and not self.held
+
+    @property
     def _flat_bytes(self) -> int:
         return self.padded_numel * self.precision.params.itemsize
 
@@ -109,12 +116,14 @@ class Space:
         self._gathering.wait()
         self._gathering = None
         self.is_whole = True
+        self.held = 0
+        """How many ``gathered`` blocks keep the parameters whole."""
         for parameter, whole_class in zip(self.parameters, self._classes, strict=True):
             parameter.__class__ = whole_class
 
     def free(self) -> None:
         """Give the whole parameters' memory back, if they are sharded; what is on its way is waited for."""
-        if not self.stage.shard_params:
+        if not self.communicates:
             return
         self.finish_gather()
         if not self.is_whole:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shardstep.collectives import Group, Pending
+from shardstep.errors import SequenceError
 from shardstep.optim import Optimizer
 from shardstep.sharding.agreement import Act, Agreement
 from shardstep.sharding.buffers import Buffers
@@ -58,6 +59,7 @@ class Step:
 
     def segments(self) -> Iterator[Segment]:
         """Everything that this rank updates, unit by unit; each unit is published as soon as it is updated."""
+        self._check_not_held()
         self._agree()
         if not self._gradients.leaves:
             return
@@ -74,6 +76,7 @@ class Step:
             yield from self._segments_of(space, gradient.wait(), groups, scale)
             if gradient.taken:
                 self._ledger.give("gradients", gradient.values)
+            space.free()  # whole from a forward without a backward, and no longer what the shards hold
             if (published := space.publish(f"publishing step {self._gradients.step}")) is not None:
                 publishing.append(published)
         for pending in publishing:
@@ -120,6 +123,13 @@ class Step:
         return flat
 
     # - the parts of a step
+
+    def _check_not_held(self) -> None:
+        if any(space.held for space in self._spaces):
+            raise SequenceError(
+                "expected optimizer.step() outside 'with shardstep.gathered(model):', got it inside: what the step "
+                "writes would be overwritten by the whole values at the end of the block"
+            )
 
     def _agree(self) -> None:
         """Compare the count of micro-batches, and learn which parameters and buffers any rank has touched."""

@@ -11,8 +11,6 @@ class Unit:
 
     def __init__(self, name: str, module: nn.Module, stage: Stage, spaces: list[Space]) -> None:
         self.name, self.module, self.stage, self.spaces = name, module, stage, spaces
-        self.held = 0
-        """How many ``gathered`` blocks keep the unit whole."""
 
     def start_gather(self, phase: str) -> None:
         for space in self.spaces:
@@ -23,6 +21,10 @@ class Unit:
             space.finish_gather()
 
     def free(self) -> None:
-        if not self.held:
-            for space in self.spaces:
-                space.free()
+        for space in self.spaces:
+            space.free()
+
+    def hold(self, change: int) -> None:
+        """One more (1) or one less (-1) ``gathered`` block keeps the unit whole."""
+        for space in self.spaces:
+            space.held += change

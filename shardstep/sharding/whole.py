@@ -46,12 +46,12 @@ class Whole:
             unit.start_gather("reading whole parameters")
         for unit in units:
             unit.finish_gather()
-            unit.held += 1
+            unit.hold(1)
 
     def release(self, units: list[Unit]) -> None:
         """Keep what was written and let ``units`` be freed again."""
         for unit in units:
-            unit.held -= 1
+            unit.hold(-1)
             for space in unit.spaces:
                 space.keep_writes()
             unit.free()

@@ -216,11 +216,13 @@ def test_stage_3_by_hand(ranks, prefetch):
     assert parameters == 4 * (ALL_SHARDS + PADDED_ROOT + window)
     assert state == 2 * 4 * ALL_SHARDS
     assert gradients == 4 * (PADDED_ROOT + 2 * FLOOR_SHARD + (FLOOR + FLOOR_SHARD) + FLOOR)
-    assert sent == (2 + 1) * 4 * ALL_SHARDS  # gathered for forward and for backward; half of each leaf
+    # Gathered for forward and for backward, but for what stays whole over the turn; half of each leaf.
+    over_the_turn = ROOT_SHARD + min(1 + prefetch, 4) * FLOOR_SHARD
+    assert sent == 4 * ((2 + 1) * ALL_SHARDS - over_the_turn)
 
 
 def test_bf16_by_hand(ranks):
     (parameters, _, state), sent = tower_on_two_ranks(ranks, stage=3, precision=BF16, prefetch=0)
     assert parameters == 2 * (ALL_SHARDS + PADDED_ROOT + FLOOR)
     assert state == 3 * 4 * ALL_SHARDS  # the fp32 master as well
-    assert sent == (2 + 1) * 2 * ALL_SHARDS
+    assert sent == 2 * ((2 + 1) * ALL_SHARDS - ROOT_SHARD - FLOOR_SHARD)

@@ -431,3 +431,35 @@ def loaded_on_rank_0() -> str:
 
 def test_all_ranks_go_on_from_rank_0s_optimizer_state(ranks):
     assert set(ranks(2).run(loaded_on_rank_0)) == {loaded_on_rank_0()}
+
+
+# - what would leave the whole and the shards apart
+
+
+def step_inside_gathered() -> str:
+    model, optimizer, _ = sharded_run(3)
+    model(torch.stack([Tokens()[i] for i in range(2)])).backward()
+    with ss.gathered(model), pytest.raises(ss.SequenceError, match=r"step\(\) outside 'with shardstep.gathered"):
+        optimizer.step()
+    return ss.digest(model, optimizer)
+
+
+def test_a_step_inside_gathered_is_refused_and_changes_nothing(ranks):
+    assert set(ranks(2).run(step_inside_gathered)) == {digest_after(2)}
+
+
+def forward_without_backward(stage: int) -> str:
+    """A forward with gradients that nobody uses leaves units whole; the step must not leave them stale."""
+    model, optimizer, _ = sharded_run(stage, 1)
+    batch = torch.stack([Tokens()[i] for i in range(2)])
+    model.eval()
+    for _ in range(2):
+        model(batch).backward()
+        model(batch)
+        optimizer.step()
+        optimizer.zero_grad()
+    return ss.digest(model, optimizer)
+
+
+def test_a_forward_without_a_backward_leaves_nothing_stale(ranks):
+    assert len({*ranks(2).run(forward_without_backward, 3), *ranks(2).run(forward_without_backward, 0)}) == 1
