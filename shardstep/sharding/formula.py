@@ -123,6 +123,7 @@ class Formula:
                         flying.launch()
             if flying:
                 flying.land()
+            ledger.drop_spare()
         for unit in spaces:
             for leaves in unit:
                 leaves.tree.total()
@@ -197,7 +198,7 @@ class _Leaves:
             self.tree.push(values, home="tree", level=sent.level)
         if sent.home == "tree":
             self.tree.settle()
-            self._ledger.give("gradients", sent.values)
+            self._ledger.spare(sent.values)
 
     def whole_sum(self) -> int:
         """Bytes of the gathered sum that stage 0 needs besides its kept leaf."""

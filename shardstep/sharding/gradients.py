@@ -88,6 +88,7 @@ class Gradients:
             if space.tag in self._open:
                 self._complete(space)
         self._land()
+        self._ledger.drop_spare()
         self.leaves += 1
         self.most_leaves = max(self.most_leaves, self.leaves)
         self.in_backward = False
@@ -98,6 +99,7 @@ class Gradients:
             if len(space.local):
                 self._launch(space)
         self._land()
+        self._ledger.drop_spare()
 
     def discard(self) -> None:
         """Forget all leaves, and allow the next backward pass."""
@@ -154,7 +156,7 @@ class Gradients:
                 space.tree.push(own, home="kept" if sent.home == "kept" else "passing", level=sent.level)
         if sent.home == "tree":
             space.tree.settle()
-            self._ledger.give("gradients", sent.values)
+            self._ledger.spare(sent.values)
 
     def check_complete_subtrees(self) -> None:
         """Per step, a rank's own sum must be a complete subtree of the tree over all leaves."""

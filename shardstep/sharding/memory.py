@@ -1,7 +1,8 @@
 """The ledger of the engine's own buffers: every flat buffer is taken and given back here, and so counted.
 
 It counts bytes by what they hold (parameters, gradients, optimizer state), now and at the peak. It does not
-count activations or what the user allocates, and never keeps memory for later.
+count activations or what the user allocates. Of gradient buffers it keeps one spare during a backward pass, and
+counts it: leaves follow one another, and the memory of the one that has gone suits the next.
 
 [Note: freed memory on the CPU] glibc gives large freed chunks back to the kernel, which zeroes them again page
 by page at the next use: for buffers that come and go with every unit, measured as 8 % of a step's CPU time.
@@ -41,17 +42,33 @@ class Ledger:
         self.device = device
         if device.type == "cpu":
             torch.empty(_LARGEST_KEPT_BYTES, dtype=torch.uint8)  # see the note on freed memory
+        self._spare: Tensor | None = None
         self._live: dict[Kind, int] = {"parameters": 0, "gradients": 0, "state": 0}
         self._peak = dict(self._live)
 
     def take(self, kind: Kind, numel: int, dtype: torch.dtype) -> Tensor:
         """An uninitialised 1-D buffer."""
+        spare = self._spare
+        if kind == "gradients" and spare is not None and spare.numel() == numel and spare.dtype == dtype:
+            self._spare = None
+            return spare
         self.count(kind, numel * dtype.itemsize)
         return torch.empty(numel, dtype=dtype, device=self.device)
 
     def give(self, kind: Kind, buffer: Tensor) -> None:
         """Give back a whole buffer; its memory goes with the caller's last reference."""
         self.count(kind, -buffer.nbytes)
+
+    def spare(self, buffer: Tensor) -> None:
+        """Give back a gradient buffer, to be taken again soon."""
+        self.drop_spare()
+        self._spare = buffer
+
+    def drop_spare(self) -> None:
+        """Let the spare buffer go, if there is one."""
+        if self._spare is not None:
+            self.give("gradients", self._spare)
+            self._spare = None
 
     def count(self, kind: Kind, change_bytes: int) -> None:
         self._live[kind] += change_bytes

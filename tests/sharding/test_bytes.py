@@ -202,9 +202,8 @@ def test_stage_2_by_hand(ranks):
     assert parameters == 4 * ALL
     assert state == 2 * 4 * ALL_SHARDS
     # The root's leaf is open from the first gradient on. The worst moment: floors 3, 2 and 1 are summed, floor 0's
-    # leaf is complete, and it travels (leaf and received half) or the exchange of floor 1 is still on its way
-    # (leaf, received half) while floor 0's leaf is filled.
-    waiting = 2 * FLOOR_SHARD + (FLOOR + FLOOR_SHARD) + FLOOR
+    # leaf travels (leaf and received half), and the leaf that floor 1 gave back is the spare.
+    waiting = 3 * FLOOR_SHARD + (FLOOR + FLOOR_SHARD) + FLOOR
     assert gradients == 4 * (PADDED_ROOT + waiting)
     assert sent == 2 * 4 * ALL_SHARDS
 
@@ -215,7 +214,7 @@ def test_stage_3_by_hand(ranks, prefetch):
     window = min(1 + prefetch, 4) * FLOOR
     assert parameters == 4 * (ALL_SHARDS + PADDED_ROOT + window)
     assert state == 2 * 4 * ALL_SHARDS
-    assert gradients == 4 * (PADDED_ROOT + 2 * FLOOR_SHARD + (FLOOR + FLOOR_SHARD) + FLOOR)
+    assert gradients == 4 * (PADDED_ROOT + 3 * FLOOR_SHARD + (FLOOR + FLOOR_SHARD) + FLOOR)
     # Gathered for forward and for backward, but for what stays whole over the turn; half of each leaf.
     over_the_turn = ROOT_SHARD + min(1 + prefetch, 4) * FLOOR_SHARD
     assert sent == 4 * ((2 + 1) * ALL_SHARDS - over_the_turn)
