@@ -70,7 +70,7 @@ class Hooks:
         if self._lost:
             return
         unit = self._units[order]
-        turning = torch.is_grad_enabled() and self._announce_backward(order, output)
+        turning = torch.is_grad_enabled() and self._expect_backward(order, output)
         if self._gradients.in_backward:
             return
         if not (turning and self._begins_backward(order)):
@@ -80,7 +80,7 @@ class Hooks:
                 if not (turning and self._begins_backward(other)):
                     unit.free()
 
-    def _announce_backward(self, order: int, output: Any) -> bool:
+    def _expect_backward(self, order: int, output: Any) -> bool:
         """Have backward gather the unit when it reaches one of its outputs; False when it never will."""
         reached = [tensor for tensor in tensors_in(output) if tensor.requires_grad and tensor.grad_fn is not None]
         for tensor in reached:

@@ -5,7 +5,8 @@ count activations or what the user allocates. Of gradient buffers it keeps one s
 counts it: leaves follow one another, and the memory of the one that has gone suits the next.
 
 [Note: freed memory on the CPU] glibc gives large freed chunks back to the kernel, which zeroes them again page
-by page at the next use: for buffers that come and go with every unit, measured as 8 % of a step's CPU time.
+by page at the next use: for buffers that come and go with every unit, 7 and 9 % of a step's CPU time in two
+paired runs on a busy machine.
 Its own rule for keeping them is that a freed mapped chunk raises the size up to which chunks are kept (to at
 most 32 MiB, where it stops), so one such chunk is allocated and freed at the start.
 """
