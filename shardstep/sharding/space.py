@@ -116,8 +116,6 @@ class Space:
         self._gathering.wait()
         self._gathering = None
         self.is_whole = True
-        self.held = 0
-        """How many ``gathered`` blocks keep the parameters whole."""
         for parameter, whole_class in zip(self.parameters, self._classes, strict=True):
             parameter.__class__ = whole_class
 
