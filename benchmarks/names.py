@@ -24,12 +24,19 @@ def stage_of(name: str) -> int | None:
 
 
 def formula_sent_bytes(name: str, dtype: str, params_numel: int, ranks: int) -> float | None:
-    """What one rank must send in a step: 2Ψ(N−1)/N, or 3Ψ(N−1)/N where parameters are sharded.
+    """What one rank must send in a step of one micro-batch a rank: so many bytes a parameter, times Ψ(N−1)/N.
 
-    One micro-batch a rank and step. Ψ in bytes of the dtype that travels; DDP under autocast reduces fp32.
+    Gathering costs a parameter its own bytes, and so does reducing a gradient: two journeys, or three where
+    parameters are sharded. In bf16 all journeys are of 2 bytes, but DDP under autocast reduces and returns fp32,
+    and our stage 0 returns the fp32 sum of its bf16 leaves.
     """
     if not communicates(name):
         return None
-    times = 3 if name.startswith("fsdp2") or stage_of(name) == 3 else 2
-    element_bytes = 2 if dtype == "bf16" and not name.startswith("ddp") else 4
-    return times * params_numel * element_bytes * (ranks - 1) / ranks
+    half = 2 if dtype == "bf16" else 4
+    if name.startswith("ddp"):
+        journeys = 4 + 4
+    elif name == "stage0":
+        journeys = half + 4
+    else:
+        journeys = (3 if name.startswith("fsdp2") or stage_of(name) == 3 else 2) * half
+    return journeys * params_numel * (ranks - 1) / ranks

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
@@ -20,6 +21,8 @@ from shardstep import collectives
 THREADS = 1
 TIMEOUT_S = 20.0
 torch.set_num_threads(THREADS)
+hypothesis.settings.register_profile("shardstep", deadline=None)  # the machines that run this are shared
+hypothesis.settings.load_profile("shardstep")
 
 
 class RankFailed(Exception):

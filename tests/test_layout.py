@@ -1,7 +1,7 @@
 """Layouts: slots that do not overlap, runs that partition any interval, a fingerprint that sees every difference."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shardstep.layout import ALIGNMENT_NUMEL, BLOCK_NUMEL, Layout, fingerprint, lay_out
@@ -29,7 +29,6 @@ def painted(runs, numel: int) -> torch.Tensor:
     return canvas
 
 
-@settings(deadline=None)
 @given(layouts)
 def test_slots_are_aligned_and_in_order_and_fill_the_space_with_the_gaps(layout):
     covered = torch.zeros(layout.numel, dtype=torch.int8)
@@ -45,14 +44,12 @@ def test_slots_are_aligned_and_in_order_and_fill_the_space_with_the_gaps(layout)
     assert layout.parameter_numel == sum(slot.numel for slot in layout.slots)
 
 
-@settings(deadline=None)
 @given(layouts)
 def test_the_space_is_the_fewest_whole_blocks(layout):
     assert layout.numel == layout.blocks * BLOCK_NUMEL
     assert layout.blocks == 1 or layout.numel - layout.slots[-1].end < BLOCK_NUMEL + ALIGNMENT_NUMEL
 
 
-@settings(deadline=None)
 @given(layouts, world_sizes)
 def test_shards_are_equal_whole_blocks_and_no_longer_than_needed(layout, world_size):
     shard = layout.shard_numel(world_size)
@@ -61,7 +58,6 @@ def test_shards_are_equal_whole_blocks_and_no_longer_than_needed(layout, world_s
     assert 0 <= layout.padded_numel(world_size) - layout.numel < world_size * BLOCK_NUMEL
 
 
-@settings(deadline=None)
 @given(keyed_layouts(), st.data())
 def test_runs_partition_any_interval(keyed, data):
     layout, keys = keyed
@@ -78,7 +74,6 @@ def test_runs_partition_any_interval(keyed, data):
         assert (inside == ord(key)).all()
 
 
-@settings(deadline=None)
 @given(keyed_layouts(), world_sizes)
 def test_runs_of_all_shards_together_are_the_runs_of_one_rank(keyed, world_size):
     layout, keys = keyed
@@ -95,7 +90,6 @@ def test_neighbours_with_equal_keys_share_a_run():
     assert list(layout.runs("xxyx", 0, layout.numel)) == [("x", 0, 512), ("y", 512, 768), ("x", 768, 1024)]
 
 
-@settings(deadline=None)
 @given(layouts, st.data())
 def test_the_slot_at_an_element_of_it(layout, data):
     with_elements = [slot for slot in layout.slots if slot.numel]

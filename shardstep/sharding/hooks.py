@@ -16,6 +16,7 @@ from torch.autograd import Variable
 
 from shardstep.errors import CollectiveError
 from shardstep.sharding.agreement import Act, Agreement
+from shardstep.sharding.attached import Attached
 from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.space import Space
 from shardstep.sharding.unit import Unit
@@ -29,10 +30,11 @@ class Hooks:
         units: list[Unit],
         gradients: Gradients,
         agreement: Agreement,
+        attached: Attached,
         prefetch: int,
         input_dtype: torch.dtype | None,
     ) -> None:
-        self._units, self._gradients, self._agreement = units, gradients, agreement
+        self._units, self._gradients, self._agreement, self._attached = units, gradients, agreement, attached
         self._prefetch, self._input_dtype = prefetch, input_dtype
         self._depth = 0
         self._lost = False
@@ -58,12 +60,17 @@ class Hooks:
 
     def _before_forward(self, order: int, args: Any, kwargs: Any) -> Any:
         self._depth += 1
-        if self._depth == 1 and not self._gradients.in_backward and any(map(_communicates, self._units)):
-            self._agreement.announce(Act.FORWARD, self._gradients.step, self._gradients.leaves)
+        if self._depth == 1 and not self._gradients.in_backward:
+            self._begin_forward()
         self._gather(order, self._units[order + 1 : order + 1 + self._prefetch], "forward")
         if order == 0 and self._input_dtype is not None:
             return _cast(args, self._input_dtype), _cast(kwargs, self._input_dtype)
         return None
+
+    def _begin_forward(self) -> None:
+        self._attached.check()
+        if any(map(_communicates, self._units)):
+            self._agreement.announce(Act.FORWARD, self._gradients.step, self._gradients.leaves)
 
     def _after_forward(self, order: int, output: Any) -> None:
         self._depth -= 1

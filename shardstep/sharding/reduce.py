@@ -86,7 +86,7 @@ class Tree:
         """earlier + later, in a kept buffer if one of them has it, else in the tree's own or a new one."""
         writable = [p for p in (earlier, later) if p.home != "passing" and p.values.dtype == self._dtype]
         if writable:
-            into = min(writable, key=lambda partial: partial.home)
+            into = next((partial for partial in writable if partial.home == "kept"), writable[0])
         else:
             into = Partial(level, self._ledger.take("gradients", later.values.numel(), self._dtype), "tree")
         _sum_into(into.values, earlier.values, later.values)

@@ -16,6 +16,7 @@ from shardstep.errors import ConfigError, OwnershipError, RankMismatchError
 from shardstep.layout import fingerprint
 from shardstep.optim import Optimizer
 from shardstep.sharding.agreement import Agreement
+from shardstep.sharding.attached import Attached
 from shardstep.sharding.batches import BatchPlan, Collate, MapDataset, MicroBatch, micro_batches
 from shardstep.sharding.buffers import Buffers
 from shardstep.sharding.formula import Formula, SpaceSize
@@ -153,7 +154,7 @@ def shard(
     agreement = Agreement(ranks, flags)
     gradients = Gradients(trained, ranks, ledger, schedule_, agreement)
     step = Step(optimizer, trained, gradients, agreement, buffers, clip_norm, ranks, ledger)
-    Hooks(built, gradients, agreement, prefetch, precision.params if precision else None)
+    Hooks(built, gradients, agreement, Attached(model, built), prefetch, precision.params if precision else None)
     whole = Whole(model, built, gradients, agreement, ranks)
     for module in model.modules():
         setattr(module, ATTRIBUTE, whole)

@@ -71,3 +71,16 @@ def test_a_silent_death_is_the_cause_whatever_the_others_say() -> None:
 def test_no_ranks_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"expected a world size of at least 1 .*, got 0"):
         run_local(here, 0)
+
+
+def tunables() -> str | None:
+    return os.environ.get("GLIBC_TUNABLES")
+
+
+@pytest.mark.parametrize("mine", [None, "glibc.malloc.arena_max=2"])
+def test_ranks_start_with_a_bounded_heap_unless_the_user_has_tuned_it(mine, monkeypatch) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if mine:
+        monkeypatch.setenv("GLIBC_TUNABLES", mine)
+    assert run_local(tunables, 2) == [mine or "glibc.malloc.tcache_count=0"] * 2
+    assert tunables() == mine

@@ -38,7 +38,7 @@ def contents(batches: list[MicroBatch]) -> list[tuple[int, int, list[int]]]:
     return [(micro.step, micro.index, micro.batch) for micro in batches]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(plans(), st.integers(1, 3))
 def test_together_the_ranks_get_what_one_rank_gets(plan, epochs):
     steps = range(epochs * plan.steps_per_epoch)
@@ -48,7 +48,7 @@ def test_together_the_ranks_get_what_one_rank_gets(plan, epochs):
     assert [(step, index) for step, index, _ in alone] == [(s, i) for s in steps for i in range(plan.leaves)]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(plans())
 def test_each_rank_gets_its_own_by_the_schedule(plan):
     for rank, batches in enumerate(dealt_to_all(plan, range(1))):
@@ -59,7 +59,7 @@ def test_each_rank_gets_its_own_by_the_schedule(plan):
             assert indices == [i for i in range(plan.leaves) if i // plan.own_leaves == rank]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(plans())
 def test_the_last_micro_batch_of_every_step_is_marked_and_their_number_told_before(plan):
     hints: list[int] = []
@@ -69,7 +69,7 @@ def test_the_last_micro_batch_of_every_step_is_marked_and_their_number_told_befo
     assert hints == [plan.own_leaves] * len(steps)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(plans(), st.data())
 def test_a_later_start_gives_the_rest_of_the_same_sequence(plan, data):
     last = 3 * plan.steps_per_epoch
@@ -78,7 +78,7 @@ def test_a_later_start_gives_the_rest_of_the_same_sequence(plan, data):
     assert dealt(plan, range(start, last)) == whole[start * plan.own_leaves :]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(plans())
 def test_an_epoch_sees_no_sample_twice_and_drops_the_partial_last_batch(plan):
     alone = replace(plan, world_size=1)
@@ -112,7 +112,7 @@ def numbers_drawn(plan: BatchPlan, steps: range, disturbance: int) -> dict[tuple
     return numbers
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(plans())
 def test_random_numbers_depend_on_the_micro_batch_and_on_nothing_else(plan):
     steps = range(plan.steps_per_epoch)

@@ -669,3 +669,34 @@ def test_ranks_whose_values_have_come_apart(ranks):
     for name, text in ranks(2).run(digests_apart):
         assert name == "RankMismatchError"
         assert "the digests differ" in text
+
+
+# - parameters that are no longer those that were sharded
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_replaced_parameter_is_named(stage):
+    model, _, _ = tied_and_sharded(stage=stage)
+    model.blocks[1].norm.bias = nn.Parameter(torch.zeros(7))
+    with pytest.raises(ss.SequenceError, match=r"'blocks\.1\.norm\.bias'.*another object.*gathered\(model\)"):
+        model(tokens())
+
+
+def test_assigned_state_is_refused_at_the_next_forward():
+    model, _, _ = tied_and_sharded(stage=3)
+    model.load_state_dict(model.state_dict(), assign=True)
+    with pytest.raises(ss.SequenceError, match="another object is there now"):
+        model(tokens())
+
+
+def test_converting_a_sharded_model_is_refused_at_the_next_forward():
+    model, _, _ = tied_and_sharded(stage=1)
+    model.double()
+    with pytest.raises(ss.SequenceError, match=r"its data, now torch\.float64, lies in other memory"):
+        model(tokens())
+
+
+def test_moving_a_model_to_where_it_is_changes_nothing():
+    model, _, _ = tied_and_sharded(stage=1)
+    model.to("cpu").float()
+    model(tokens())

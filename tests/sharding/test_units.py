@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -183,7 +183,6 @@ def random_models(draw: st.DrawFn) -> nn.Module:
     return model
 
 
-@settings(deadline=None)
 @given(random_models(), st.integers(0, 2**20))
 def test_every_parameter_is_in_exactly_one_space_of_a_unit_around_all_its_uses(model, chosen):
     names = [name for name, _ in model.named_modules()]
