@@ -1,0 +1,128 @@
+"""Which operations there are, what they take, and what type they give: the one table that everybody reads.
+
+Bits: `add sub mul div sqrt fma` round once, to nearest even. `minimum` and `maximum` give NaN if either is NaN, and
++0 of zeros of either sign. `sign` gives 0 for NaN and zeros. `neg` and `abs` change the sign bit only. Comparisons
+with NaN are false, but for `ne`. Words wrap around. Which NaN a NaN is, is not fixed.
+`exp log tanh rsqrt pow` have no fixed bits of their own: a pass replaces them by the ones above.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["real", "bool", "word"]
+Shape = Literal["uniform", "tensor", "row", "column", "element", "rr", "cc", "cr"]
+
+
+@dataclass(frozen=True)
+class Type:
+    """What kind of number, and one for each of what."""
+
+    kind: Kind
+    shape: Shape
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Operation:
+    """``takes`` and ``gives`` are kinds; ``attributes`` is how many constants are written in the instruction.
+
+    ``family`` decides the shape of the result: see `result_type`.
+    """
+
+    family: Literal["source", "pointwise", "reduction", "matrix"]
+    takes: tuple[Kind, ...]
+    gives: Kind
+    attributes: int = 0
+
+
+def _pointwise(takes: str, gives: Kind, names: str, attributes: int = 0) -> dict[str, Operation]:
+    kinds: dict[str, Kind] = {"r": "real", "b": "bool", "w": "word"}
+    return {n: Operation("pointwise", tuple(kinds[t] for t in takes), gives, attributes) for n in names.split()}
+
+
+OPERATIONS: dict[str, Operation] = {
+    # const NUMBER | load param, grad or a state | hyper NAME [INDEX] | the tensor's counts | the global index, low word
+    "const": Operation("source", (), "real", 1),
+    "load": Operation("source", (), "real", 1),
+    "hyper": Operation("source", (), "real", 1),
+    "numel": Operation("source", (), "real"),
+    "rows": Operation("source", (), "real"),
+    "columns": Operation("source", (), "real"),
+    "index": Operation("source", (), "word"),
+    **_pointwise("r", "real", "neg abs sign sqrt rsqrt exp log tanh"),
+    **_pointwise("rr", "real", "add sub mul div minimum maximum pow"),
+    **_pointwise("rrr", "real", "fma"),
+    **_pointwise("rr", "bool", "lt le gt ge eq ne"),
+    **_pointwise("bb", "bool", "and or"),
+    **_pointwise("b", "bool", "not"),
+    **_pointwise("brr", "real", "where"),
+    # choose: a branch of the source, decided when the rule is specialised; its condition is uniform
+    **_pointwise("brr", "real", "choose"),
+    **_pointwise("r", "word", "bits"),
+    **_pointwise("w", "real", "from_bits"),
+    **_pointwise("ww", "word", "word_add word_sub word_mul word_and word_or word_xor"),
+    **_pointwise("w", "word", "word_shl word_shr", attributes=1),
+    # sums go block by block in a fixed tree, in float64; see `row_sum` over each row, `column_sum` over each column
+    "sum": Operation("reduction", ("real",), "real"),
+    "max": Operation("reduction", ("real",), "real"),
+    "row_sum": Operation("reduction", ("real",), "real"),
+    "column_sum": Operation("reduction", ("real",), "real"),
+    "matmul": Operation("matrix", ("real", "real"), "real"),
+    "transpose": Operation("matrix", ("real",), "real"),
+}
+
+_SOURCES: dict[str, Shape] = {
+    "hyper": "uniform",
+    "numel": "tensor",
+    "rows": "tensor",
+    "columns": "tensor",
+    "index": "element",
+}
+_MATRICES: dict[str, Shape] = {"rc": "element", "rr": "rr", "cc": "cc", "cr": "cr"}
+_DIMENSIONS = {shape: dimensions for dimensions, shape in _MATRICES.items()}
+
+
+def join(shapes: Sequence[Shape]) -> Shape | None:
+    """The shape of a pointwise result; None where the shapes do not fit together."""
+    found = set(shapes) - {"uniform", "tensor"}
+    if not found:
+        return "tensor" if "tensor" in shapes else "uniform"
+    if len(found) == 1:
+        return found.pop()
+    return "element" if found <= {"row", "column", "element"} else None
+
+
+def result_type(operation: str, arguments: Sequence[Type]) -> Type | None:
+    """The type that ``operation`` gives; None if it cannot take ``arguments``. Not for ``const`` and ``load``."""
+    signature = OPERATIONS[operation]
+    if tuple(argument.kind for argument in arguments) != signature.takes:
+        return None
+    shape = _result_shape(operation, signature.family, [argument.shape for argument in arguments])
+    return None if shape is None else Type(signature.gives, shape)
+
+
+def _result_shape(operation: str, family: str, shapes: list[Shape]) -> Shape | None:
+    if operation == "choose" and shapes[0] != "uniform":
+        return None
+    if family == "source":
+        return _SOURCES[operation]
+    if family == "pointwise":
+        return join(shapes)
+    if family == "reduction":
+        return _reduced(operation, shapes[0])
+    dimensions = [_DIMENSIONS.get(shape) for shape in shapes]
+    if operation == "transpose":
+        return _MATRICES.get(dimensions[0][::-1]) if dimensions[0] else None
+    left, right = dimensions
+    return _MATRICES[left[0] + right[1]] if left and right and left[1] == right[0] else None
+
+
+def _reduced(operation: str, shape: Shape) -> Shape | None:
+    if operation == "row_sum":
+        return "row" if shape == "element" else None
+    if operation == "column_sum":
+        return "column" if shape == "element" else None
+    return "tensor" if shape not in ("uniform", "tensor") else None

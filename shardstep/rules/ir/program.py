@@ -1,0 +1,113 @@
+"""A rule as a list of typed instructions. Pure data, and the builder that makes it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from shardstep.rules.ir.operations import OPERATIONS, Kind, Shape, Type, result_type
+
+Attribute = float | int | bool | str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the source text, counted from 1 (lines) and 0 (columns)."""
+
+    line: int
+    column: int
+
+
+@dataclass(frozen=True)
+class State:
+    """A state array: ``start`` is a number or "param"; ``dtype`` names what it is stored in (None: compute dtype)."""
+
+    name: str
+    shape: Shape = "element"
+    start: float | str = 0.0
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """A hyper-parameter, or ``step``; ``count`` is the number of its entries if it is a tuple."""
+
+    name: str
+    count: int | None = None
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """``arguments`` number earlier instructions. ``place`` tells where it came from and has no meaning."""
+
+    operation: str
+    attributes: tuple[Attribute, ...]
+    arguments: tuple[int, ...]
+    type: Type
+    place: Place | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Program:
+    """``stores``: (array, number of its new value), ``param`` and states; an array without one stays as it is."""
+
+    name: str
+    states: tuple[State, ...]
+    hypers: tuple[Hyper, ...]
+    instructions: tuple[Instruction, ...]
+    stores: tuple[tuple[str, int], ...]
+
+    def with_instructions(self, instructions: Sequence[Instruction], stores: Sequence[tuple[str, int]]) -> "Program":
+        return replace(self, instructions=tuple(instructions), stores=tuple(stores))
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """The shape of each array that can be loaded or stored."""
+        return {"param": "element", "grad": "element", **{state.name: state.shape for state in self.states}}
+
+
+class Builder:
+    """Appends instructions and infers their types. For the front end and for passes that rewrite."""
+
+    def __init__(self, shapes: dict[str, Shape]) -> None:
+        self.instructions: list[Instruction] = []
+        self._shapes = shapes
+
+    def constant(self, value: float | bool | int, kind: Kind = "real", place: Place | None = None) -> int:
+        """A number, a truth value or a word."""
+        return self._append("const", (value,), (), Type(kind, "uniform"), place)
+
+    def load(self, name: str, place: Place | None = None) -> int:
+        return self._append("load", (name,), (), Type("real", self._shapes[name]), place)
+
+    def hyper(self, name: str, index: int | None = None, kind: Kind = "real", place: Place | None = None) -> int:
+        attributes = (name,) if index is None else (name, index)
+        return self._append("hyper", attributes, (), Type(kind, "uniform"), place)
+
+    def emit(
+        self, operation: str, *arguments: int, attributes: tuple[Attribute, ...] = (), place: Place | None = None
+    ) -> int:
+        """One instruction of the table; raises TypeError if it cannot take these arguments."""
+        types = [self.instructions[argument].type for argument in arguments]
+        type_ = result_type(operation, types)
+        if type_ is None:
+            raise TypeError(f"{operation} cannot take ({', '.join(map(str, types))})")
+        return self._append(operation, attributes, arguments, type_, place)
+
+    def copy(self, instruction: Instruction, arguments: tuple[int, ...]) -> int:
+        """The same operation on other arguments, with its type inferred anew."""
+        if OPERATIONS[instruction.operation].family == "source":
+            return self._append(instruction.operation, instruction.attributes, (), instruction.type, instruction.place)
+        return self.emit(instruction.operation, *arguments, attributes=instruction.attributes, place=instruction.place)
+
+    def type_of(self, value: int) -> Type:
+        return self.instructions[value].type
+
+    def _append(
+        self,
+        operation: str,
+        attributes: tuple[Attribute, ...],
+        arguments: tuple[int, ...],
+        type_: Type,
+        place: Place | None,
+    ) -> int:
+        self.instructions.append(Instruction(operation, attributes, arguments, type_, place))
+        return len(self.instructions) - 1
