@@ -3,7 +3,7 @@
 Nothing here computes, and nothing here knows where a gradient came from or who else holds the rest.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +17,9 @@ class Segment:
     ``group`` is an index into the optimizer's ``param_groups``; ``step`` counts from 1 and already includes
     this update. All tensors are one-dimensional, contiguous and of one length. ``param`` is the float32 (or
     float64) master and ``state`` has its dtype; ``grad`` may be of any floating dtype and is multiplied by
-    ``grad_scale`` on the way in; ``low``, if any, receives the new parameters rounded to its dtype.
+    ``grad_scale`` on the way in; ``low``, if any, receives the new parameters rounded to its dtype. ``offset`` is
+    the place of element 0 in its flat space, which does not depend on who owns what. ``shape`` is the whole
+    tensor's where the segment is a part of one tensor, and None where it may run over several.
     """
 
     group: int
@@ -27,13 +29,31 @@ class Segment:
     state: dict[str, Tensor]
     low: Tensor | None
     grad_scale: float
+    offset: int = 0
+    shape: tuple[int, ...] | None = None
+
+
+@dataclass
+class Batch:
+    """Segments that are updated together: those of one flat space.
+
+    ``combine`` takes, for each segment, the float64 sums over the blocks of 1,024 places that it touches (one tensor
+    for each sum of the rule), and returns the same for the whole tensors that the segments are parts of, in order.
+    Every rank calls it equally often, also without segments.
+    """
+
+    segments: list[Segment]
+    combine: Callable[[list[list[Tensor]]], list[list[Tensor]]]
 
 
 class FlatSource(Protocol):
     """Whoever holds the parameters, gradients and state of an optimizer as flat runs."""
 
-    def segments(self) -> Iterator[Segment]:
-        """The runs to update now, one after another; each is updated before the next one is asked for."""
+    def batches(self, *, per_tensor: bool) -> Iterator[Batch]:
+        """What to update now; each batch is updated before the next one is asked for.
+
+        ``per_tensor``: no segment may run over two tensors, because the rule looks at whole ones.
+        """
 
     def discard(self) -> None:
         """Forget the gradients (``zero_grad``)."""

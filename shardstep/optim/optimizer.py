@@ -123,9 +123,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def _step_segments(self, source: FlatSource) -> None:
         kernel = link(self.rule)
-        for run in source.segments():
-            scalars = self._scalars(self.param_groups[run.group], run.step)
-            kernel(run.param, run.grad, run.state, scalars, run.grad_scale, run.low)
+        for batch in source.batches(per_tensor=False):
+            for run in batch.segments:
+                scalars = self._scalars(self.param_groups[run.group], run.step)
+                kernel(run.param, run.grad, run.state, scalars, run.grad_scale, run.low)
 
     def _step_alone(self) -> None:
         for index, group in enumerate(self.param_groups):

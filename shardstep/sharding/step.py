@@ -15,10 +15,11 @@ from shardstep.optim import Optimizer
 from shardstep.sharding.agreement import Act, Agreement
 from shardstep.sharding.buffers import Buffers
 from shardstep.sharding.clip import clip_coefficient, global_norm
+from shardstep.sharding.combination import Combination, Key
 from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.memory import Ledger
 from shardstep.sharding.space import Space
-from shardstep.types import Segment
+from shardstep.types import Batch, Segment
 
 
 @dataclass
@@ -57,8 +58,8 @@ class Step:
 
     # - FlatSource
 
-    def segments(self) -> Iterator[Segment]:
-        """Everything that this rank updates, unit by unit; each unit is published as soon as it is updated."""
+    def batches(self, *, per_tensor: bool) -> Iterator[Batch]:
+        """Everything that this rank updates, space by space; each is published as soon as it is updated."""
         self._check_not_held()
         self._agree()
         if not self._gradients.leaves:
@@ -73,7 +74,10 @@ class Step:
         coming = self._gradient(self._spaces[0])
         for space, following in zip(self._spaces, [*self._spaces[1:], None], strict=True):
             gradient, coming = coming, self._gradient(following) if following else coming
-            yield from self._segments_of(space, gradient.wait(), groups, scale)
+            keys = self._count_steps(space, groups)
+            runs = _tensors(space, keys) if per_tensor else _neighbours(space, keys)
+            segments = [self._segment(space, gradient.wait(), run, scale) for run in runs]
+            yield Batch(segments, Combination(space, keys, self._group, self._gradients.step))
             if gradient.taken:
                 self._ledger.give("gradients", gradient.values)
             space.free()  # whole from a forward without a backward, and no longer what the shards hold
@@ -172,25 +176,51 @@ class Step:
         label = f"gather of the gradients of {space.where} in step {self._gradients.step}"
         return _Gradient(flat, self._group.all_gather(flat, total, tag=2 * space.tag + 1, label=label), taken)
 
-    def _segments_of(self, space: Space, gradient: Tensor, groups: dict[int, int], scale: float) -> Iterator[Segment]:
-        """Runs of neighbouring parameters with equal hyper-parameters and step count; untouched ones stay out."""
-        keys: list[tuple[int, int] | None] = [None] * len(space.parameters)
+    def _count_steps(self, space: Space, groups: dict[int, int]) -> list[Key]:
+        """Count the update of each touched parameter, and say what its hyper-parameters and step are."""
+        keys: list[Key] = [None] * len(space.parameters)
         for index in space.touched:
             space.steps[index] += 1
             keys[index] = (groups[id(space.parameters[index])], space.steps[index])
-        begin = space.owned.start
+        return keys
+
+    def _segment(self, space: Space, gradient: Tensor, run: "_Run", scale: float) -> Segment:
         low = space.values if space.master is not space.values else None
-        for key, start, stop in space.layout.runs(keys, begin, min(space.owned.stop, space.layout.numel)):
-            if key is None:
-                continue
-            group, step = key
-            run = slice(start - begin, stop - begin)
-            yield Segment(
-                group=group,
-                step=step,
-                param=space.master[run],
-                grad=gradient[run],
-                state={name: state[run] for name, state in space.state.items()},
-                low=None if low is None else low[run],
-                grad_scale=scale,
-            )
+        part = slice(run.start - space.owned.start, run.stop - space.owned.start)
+        return Segment(
+            group=run.group,
+            step=run.step,
+            param=space.master[part],
+            grad=gradient[part],
+            state={name: state[part] for name, state in space.state.items()},
+            low=None if low is None else low[part],
+            grad_scale=scale,
+            offset=run.start,
+            shape=run.shape,
+        )
+
+
+@dataclass
+class _Run:
+    """Elements [start, stop) of a flat space, with one step count and the hyper-parameters of one group."""
+
+    group: int
+    step: int
+    start: int
+    stop: int
+    shape: tuple[int, ...] | None
+
+
+def _neighbours(space: Space, keys: list[Key]) -> Iterator[_Run]:
+    """Runs of neighbouring parameters that are updated alike; untouched ones stay out."""
+    for key, start, stop in space.layout.runs(keys, space.owned.start, min(space.owned.stop, space.layout.numel)):
+        if key is not None:
+            yield _Run(*key, start, stop, None)
+
+
+def _tensors(space: Space, keys: list[Key]) -> Iterator[_Run]:
+    """What this rank owns of each touched parameter, without the gaps between them."""
+    for slot, key in zip(space.layout.slots, keys, strict=True):
+        start, stop = max(slot.offset, space.owned.start), min(slot.end, space.owned.stop)
+        if key is not None and start < stop:
+            yield _Run(*key, start, stop, slot.shape)

@@ -9,7 +9,7 @@ from torch import nn
 
 from shardstep.errors import ConfigError
 from shardstep.optim import AdamW
-from shardstep.types import Segment
+from shardstep.types import Batch, Segment
 
 
 class Halves:
@@ -22,6 +22,9 @@ class Halves:
         self.low = {p: torch.empty(p.numel(), dtype=torch.bfloat16) for _, p in self.params}
         self.state = {}
         self.log = []
+
+    def batches(self, *, per_tensor):
+        yield from (Batch([segment], list) for segment in self.segments())
 
     def segments(self):
         for group, param in self.params:
