@@ -1,4 +1,4 @@
-"""What a rule may say: the ``rule`` decorator, how states start, and the functions known by their bare names.
+"""What a rule may say: the ``rule`` and ``inline`` decorators, how states start, and the functions that rules know.
 
 A rule is a pure function over elements::
 
@@ -7,17 +7,20 @@ A rule is a pure function over elements::
         buffer = momentum * buffer + grad
         return param - lr * buffer, buffer
 
-This room looks at signatures only; it never runs a rule and never sees a tensor.
+This room looks at signatures only; it never reads a body, never runs a rule and never sees a tensor.
 """
 
 import inspect
 import math
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NoReturn, TypeAlias, get_args
 
 from shardstep.errors import RuleError
+from shardstep.rules.diagnostics import RuleErrors, diagnose
+from shardstep.rules.ir import Shape, State
+from shardstep.rules.source import argument_span
 from shardstep.rules.symbols import Symbol, operate
 
 Elements: TypeAlias = Any
@@ -25,18 +28,32 @@ Elements: TypeAlias = Any
 
 Hyperparameters: TypeAlias = Mapping[str, float | tuple[float, ...] | None]
 
+RESERVED: Final = frozenset({"step", "grad_scale"})
+"""Names with a meaning of their own: the count of updates from 1, and what the gradient is multiplied by."""
 
+_LARGEST: Final = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float32": 3.4028234663852886e38}
+_SMALLEST: Final = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-149}
+_SHAPES: Final = ("element", "row", "column", "tensor")
+
+
+@dataclass(frozen=True)
 class _Start:
-    """How a state begins, written as the default of its argument."""
+    """How a state begins and is stored, written as the default of its argument."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __repr__(self) -> str:
-        return self.name
+    start: float | str = 0.0
+    dtype: str | None = None
+    shape: str = "element"
 
 
-zeros: Final[Any] = _Start("zeros")
+def state(start: float | str = 0.0, *, dtype: str | None = None, shape: str = "element") -> Any:
+    """The default of a state: what it starts from (a number, or "param": a copy of the parameter), the dtype it is
+    stored in ("bfloat16", "float16", "float32"; by default what the rule computes in), and what it has one value for
+    each of ("element", "row", "column", "tensor").
+    """
+    return _Start(start, dtype, shape)
+
+
+zeros: Final[Any] = state()
 """The default of a state that starts as zeros."""
 
 
@@ -44,76 +61,183 @@ zeros: Final[Any] = _Start("zeros")
 class Rule:
     """The equations of one update step.
 
-    ``states``: names of the state arrays, in order. ``hyperparameters``: name to default, None where the
-    caller must give one; ``step``, the count of updates from 1, is not among them.
+    ``declared``: the state arrays, in order; ``states``: their names. ``hyperparameters``: name to default, None where
+    the caller must give one; ``step``, the count of updates from 1, is not among them.
     """
 
     name: str
     function: types.FunctionType
-    states: tuple[str, ...]
+    declared: tuple[State, ...]
     hyperparameters: Hyperparameters
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        return tuple(declared.name for declared in self.declared)
 
     @property
     def place(self) -> str:
         """``file:line`` of the definition."""
-        code = self.function.__code__
-        return f"{code.co_filename}:{code.co_firstlineno}"
+        return _place(self.function)
+
+
+@dataclass(frozen=True, eq=False)
+class Inline:
+    """A function that rules may call: its equations are written out where it is called."""
+
+    name: str
+    function: types.FunctionType
+
+    @property
+    def place(self) -> str:
+        """``file:line`` of the definition."""
+        return _place(self.function)
+
+
+def _place(function: types.FunctionType) -> str:
+    return f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
 
 
 def rule(function: Callable[..., Any]) -> Rule:
     """Make a rule of a pure function ``(param, grad, state=zeros, ..., *, step, hyper=default, ...)``.
 
-    It returns the new param and the new states in order. Raises RuleError for a signature of another form.
+    It returns the new param and the new states in order. A hyper-parameter is a number, a tuple of numbers, or a truth
+    value: a flag. Raises RuleErrors for a signature of another form. The body is read when the rule is first used.
     """
-    if not isinstance(function, types.FunctionType):
-        raise RuleError(f"expected @rule above a plain function, got {function!r}; write it with def")
-    place = f"rule {function.__name__!r} ({function.__code__.co_filename}:{function.__code__.co_firstlineno})"
-    arguments = inspect.signature(function).parameters.values()
-    if any(a.kind in (a.VAR_POSITIONAL, a.VAR_KEYWORD) for a in arguments):
-        raise RuleError(f"{place}: expected every argument by name, got *args or **kwargs; list the states")
+    plain = _plain(function, "rule")
+    arguments = inspect.signature(plain).parameters.values()
     arrays = [a for a in arguments if a.kind is not a.KEYWORD_ONLY]
     scalars = [a for a in arguments if a.kind is a.KEYWORD_ONLY]
-    return Rule(function.__name__, function, _states(arrays, place), types.MappingProxyType(_defaults(scalars, place)))
+    return Rule(plain.__name__, plain, _states(plain, arrays), types.MappingProxyType(_defaults(plain, scalars)))
 
 
-def _states(arrays: list[inspect.Parameter], place: str) -> tuple[str, ...]:
+def inline(function: Callable[..., Any]) -> Inline:
+    """Make a function that rules may call of a pure function of values; it returns one value or several.
+
+    Raises RuleErrors for a signature of another form. The body is read when a rule that calls it is first used.
+    """
+    plain = _plain(function, "inline")
+    return Inline(plain.__name__, plain)
+
+
+def _plain(function: Callable[..., Any], decorator: str) -> types.FunctionType:
+    """The function, if its definition is one that can be read as equations."""
+    if not isinstance(function, types.FunctionType):
+        raise RuleError(f"E27 expected @{decorator} right above a plain function, got {function!r}; write it with def")
+    if function.__name__ == "<lambda>":
+        _refuse(function, "", "E27", "expected a function with a name, got a lambda", "write it with def")
+    if function.__code__.co_flags & (inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR):
+        _refuse(function, "", "E27", "expected a plain function, got an async one or a generator", "return the values")
+    for argument in inspect.signature(function).parameters.values():
+        if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
+            text = f"expected every argument by name, got {argument}"
+            _refuse(function, argument.name, "E27", text, "list the arguments")
+        if argument.name in WORDS or argument.name == "grad_scale":
+            text = f"the argument {argument.name!r} has the name of what the language has already"
+            _refuse(function, argument.name, "E28", text, "give it another name")
+    return function
+
+
+def _states(function: types.FunctionType, arrays: list[inspect.Parameter]) -> tuple[State, ...]:
     inputs, states = arrays[:2], arrays[2:]
     if [a.name for a in inputs] != ["param", "grad"] or any(a.default is not a.empty for a in inputs):
-        raise RuleError(
-            f"{place}: expected the first two arguments to be param and grad without defaults, "
-            f"got ({', '.join(map(str, arrays))}); name them so"
-        )
-    for state in states:
-        if state.default is not zeros:
-            raise RuleError(
-                f"{place}: expected the state {state.name!r} to start from zeros, got {state}; write "
-                f"{state.name}=zeros, or put it after * if it is a hyper-parameter"
-            )
-        if state.name == "step":
-            raise RuleError(f"{place}: expected 'step' after *, got it as a state; it counts updates by itself")
-    return tuple(state.name for state in states)
+        got = ", ".join(map(str, arrays))
+        text = f"expected the first two arguments to be param and grad without defaults, got ({got})"
+        _refuse(function, "", "E27", text, "name them so")
+    return tuple(_declared(function, argument) for argument in states)
 
 
-def _defaults(scalars: list[inspect.Parameter], place: str) -> dict[str, float | tuple[float, ...] | None]:
+def _declared(function: types.FunctionType, argument: inspect.Parameter) -> State:
+    name, given = argument.name, argument.default
+    if name in RESERVED:
+        _refuse(function, name, "E28", f"expected {name!r} after *, got it as a state", "it counts updates by itself")
+    if not isinstance(given, _Start):
+        text = f"expected the state {name!r} to start from zeros or state(...), got {argument}"
+        hint = f"write {name}=zeros, or put it after * if it is a hyper-parameter"
+        _refuse(function, name, "E27", text, hint)
+    if not _is_one_of(_SHAPES, given.shape):
+        text = f"expected the state {name!r} to be one of {_SHAPES}, got shape={given.shape!r}"
+        _refuse(function, name, "E20", text, "say what it has one value for each of")
+    if given.dtype is not None and not _is_one_of(_LARGEST, given.dtype):
+        text = f"expected the state {name!r} stored as one of {tuple(_LARGEST)}, got dtype={given.dtype!r}"
+        _refuse(function, name, "E09", text, "a rule computes with real numbers and never truncates them")
+    _check_start(function, name, given)
+    shape: Shape = next(shape for shape in get_args(Shape) if shape == given.shape)
+    return State(name, shape, given.start if isinstance(given.start, str) else float(given.start), given.dtype)
+
+
+def _check_start(function: types.FunctionType, name: str, given: _Start) -> None:
+    start, dtype = given.start, given.dtype or "float32"
+    if _is_one_of(("param",), start) and given.shape == "element":
+        return
+    if not _is_number(start) or start != start:
+        text = f"expected the state {name!r} to start from a number, or from 'param' for each element, got {start!r}"
+        _refuse(function, name, "E15", text, "start from zeros and write the first step with: if step == 1")
+    if _LARGEST[dtype] < abs(float(start)) < math.inf:
+        text = f"the state {name!r} starts from {start}, which overflows {dtype}"
+        _refuse(function, name, "E11", text, "start from a smaller number, or store it in another dtype")
+    if 0 < abs(float(start)) < _SMALLEST[dtype]:
+        text = f"the state {name!r} starts from {start}, which is zero in {dtype}"
+        _refuse(function, name, "E12", text, "start from a larger number, or store it in another dtype")
+
+
+def _defaults(
+    function: types.FunctionType, scalars: list[inspect.Parameter]
+) -> dict[str, float | tuple[float, ...] | None]:
     defaults: dict[str, float | tuple[float, ...] | None] = {}
     for scalar in scalars:
-        if scalar.name == "step":
-            if scalar.default is not scalar.empty:
-                raise RuleError(f"{place}: expected 'step' without a default, got {scalar}; it is always given")
-        else:
-            defaults[scalar.name] = None if scalar.default is scalar.empty else _default(scalar, place)
+        if scalar.name != "step":
+            defaults[scalar.name] = None if scalar.default is scalar.empty else _default(function, scalar)
+        elif scalar.default is not scalar.empty:
+            text = f"expected 'step' without a default, got {scalar}"
+            _refuse(function, scalar.name, "E28", text, "it is always given: the count of updates from 1")
     return defaults
 
 
-def _default(scalar: inspect.Parameter, place: str) -> float | tuple[float, ...]:
+def _default(function: types.FunctionType, scalar: inspect.Parameter) -> float | tuple[float, ...]:
     default = scalar.default
     entries = default if isinstance(default, tuple) else (default,)
-    if not entries or any(isinstance(e, bool) or not isinstance(e, int | float) for e in entries):
-        raise RuleError(
-            f"{place}: expected the hyper-parameter {scalar.name!r} to default to a number or a tuple of "
-            f"numbers, got {default!r}; flags and text have no meaning in equations"
-        )
+    if isinstance(default, list | dict | set):
+        text = f"the hyper-parameter {scalar.name!r} has the mutable default {default!r}"
+        _refuse(function, scalar.name, "E27", text, "write a tuple")
+    flag = isinstance(default, bool)
+    if not flag and (not entries or not all(_is_number(entry) and entry == entry for entry in entries)):
+        expected = f"expected {scalar.name!r} to default to a number, a tuple of numbers, True or False"
+        hint = "text and objects have no meaning in equations"
+        _refuse(function, scalar.name, "E30", f"{expected}, got {default!r}", hint)
     return default  # type: ignore[no-any-return]
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) < 2**1000
+
+
+def _is_one_of(words: Iterable[str], value: object) -> bool:
+    return isinstance(value, str) and value in words
+
+
+def _refuse(function: types.FunctionType, argument: str, code: str, message: str, hint: str) -> NoReturn:
+    raise RuleErrors(function.__name__, [diagnose(code, argument_span(function, argument), message, hint)])
+
+
+WORDS: Final[Mapping[str, tuple[str, ...]]] = types.MappingProxyType(
+    {
+        **dict.fromkeys("sqrt rsqrt exp log tanh abs sign".split(), ("x",)),
+        **dict.fromkeys("minimum maximum".split(), ("x", "y")),
+        "clip": ("x", "low", "high"),
+        "lerp": ("start", "end", "weight"),
+        "fma": ("x", "y", "z"),
+        "where": ("condition", "x", "y"),
+        **dict.fromkeys("sum mean norm max_abs row_mean col_mean".split(), ("x",)),
+    }
+)
+"""The functions that a rule knows without importing them, and their arguments. They win over all other names.
+
+``rsqrt(x)`` is 1 / sqrt(x); ``clip`` is minimum(maximum(x, low), high); ``lerp`` is fma(weight, end - start, start);
+``fma`` is x · y + z rounded once; ``where`` chooses for each element. ``sum mean norm max_abs`` give one number for
+each tensor (norm: the root of the sum of squares), ``row_mean`` one for each row, ``col_mean`` one for each column.
+"""
 
 
 def _apply(name: str, on_numbers: Callable[..., float], arguments: tuple[Any, ...]) -> Any:
@@ -159,3 +283,17 @@ FUNCTIONS: Final[Mapping[str, Callable[..., Any]]] = types.MappingProxyType(
     {"sqrt": sqrt, "abs": absolute, "sign": sign, "minimum": minimum, "maximum": maximum}
 )
 """The functions that a rule knows without importing them. They win over globals of the same name."""
+
+
+def _outside(name: str) -> Callable[..., Any]:
+    """What ``name`` is in Python, for those who import it so that their tools know it."""
+
+    def refused(*_: Any) -> Any:
+        raise RuleError(f"{name}() has a meaning inside a rule only; outside, use torch")
+
+    return refused
+
+
+rsqrt, exp, log, tanh = map(_outside, ("rsqrt", "exp", "log", "tanh"))
+clip, lerp, fma, where = map(_outside, ("clip", "lerp", "fma", "where"))
+mean, norm, max_abs, row_mean, col_mean = map(_outside, ("mean", "norm", "max_abs", "row_mean", "col_mean"))

@@ -1,24 +1,90 @@
-"""What a rule's signature may be, and what is said about one that may not."""
+"""What a rule's signature may be. What is said about one that may not, is in test_check."""
+# ruff: noqa: B008
 
 import pytest
 
 from shardstep.errors import RuleError
-from shardstep.rules import Rule, rule, zeros
+from shardstep.rules import Rule, language, rule, zeros
+from shardstep.rules.diagnostics import RuleErrors
+from shardstep.rules.ir import State
+from shardstep.rules.language import WORDS, Inline, inline, state
+from tests.rules import mistakes
 
 
 def test_a_rule_knows_its_states_and_hyperparameters():
     @rule
-    def example(param, grad, first=zeros, second=zeros, *, step, lr, betas=(0.5, 0.25), eps=1):
+    def example(param, grad, first=zeros, second=zeros, *, step, lr, betas=(0.5, 0.25), eps=1, amsgrad=False):
         return param, first, second
 
     assert isinstance(example, Rule)
     assert example.name == "example"
     assert example.states == ("first", "second")
-    assert dict(example.hyperparameters) == {"lr": None, "betas": (0.5, 0.25), "eps": 1}
+    assert dict(example.hyperparameters) == {"lr": None, "betas": (0.5, 0.25), "eps": 1, "amsgrad": False}
     assert "test_language.py:" in example.place
 
 
-def wrong_inputs(weights, grad): ...
+def test_states_say_how_they_start_and_what_they_are_stored_in():
+    @rule
+    def example(
+        param,
+        grad,
+        m=zeros,
+        ones=state(1),
+        anchor=state("param", dtype="bfloat16"),
+        rows=state(-0.5, shape="row", dtype="float32"),
+        total=state(float("inf"), shape="tensor"),
+    ):
+        return param, m, ones, anchor, rows, total
+
+    assert example.declared == (
+        State("m", "element", 0.0),
+        State("ones", "element", 1.0),
+        State("anchor", "element", "param", "bfloat16"),
+        State("rows", "row", -0.5, "float32"),
+        State("total", "tensor", float("inf")),
+    )
+
+
+def test_the_body_is_not_read_before_it_is_needed():
+    scope = {}
+    exec("def no_source(param, grad):\n    return anything_at_all\n", scope)
+    assert rule(scope["no_source"]).name == "no_source"
+    assert inline(scope["no_source"]).name == "no_source"
+
+
+def test_an_inline_function_takes_any_arguments():
+    @inline
+    def helper(x, y=2, *, scale=(1.0, 2.0)):
+        return x
+
+    assert isinstance(helper, Inline)
+    assert "test_language.py:" in helper.place
+    with pytest.raises(RuleErrors, match=r"E27 .* got \*xs"):
+        inline(mistakes_of_inline)
+
+
+def mistakes_of_inline(*xs):
+    return xs
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (mistakes.wrong_inputs, "first two arguments to be param and grad"),
+        (mistakes.state_as_number, "write m=zeros, or put it after *"),
+        (mistakes.reserved, "expected 'step' after *"),
+        (mistakes.starred, "got *states"),
+        (mistakes.given_step, "'step' without a default"),
+        (mistakes.text_default, "'mode' to default to a number"),
+        (mistakes.starts_from_grad, "'m' to start from a number"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_another_signature_is_refused_at_once_where_it_stands(function, said):
+    with pytest.raises(RuleErrors) as caught:
+        rule(function)
+    assert said in str(caught.value)
+    assert f"{mistakes.__file__}:{function.__code__.co_firstlineno}:" in str(caught.value)
 
 
 def input_default(param, grad=0.0): ...
@@ -27,57 +93,75 @@ def input_default(param, grad=0.0): ...
 def only_param(param): ...
 
 
-def state_number(param, grad, exp_avg=0.0): ...
-
-
-def state_without_start(param, grad, exp_avg): ...
-
-
-def state_called_step(param, grad, step=zeros): ...
-
-
-def starred(param, grad, *states): ...
-
-
 def keywords(param, grad, **hyper): ...
-
-
-def step_default(param, grad, *, step=1): ...
-
-
-def flag(param, grad, *, nesterov=False): ...
-
-
-def text(param, grad, *, mode="l2"): ...
 
 
 def empty_tuple(param, grad, *, betas=()): ...
 
 
+def flags_in_a_tuple(param, grad, *, betas=(True, 0.5)): ...
+
+
+def huge(param, grad, m=state(10**400)): ...
+
+
+def own_scale(param, grad, *, grad_scale=1.0): ...
+
+
+def step_without_place(param, grad, step): ...
+
+
+async def asynchronous(param, grad): ...
+
+
+def unhashable(param, grad, m=state([], dtype=[], shape={})): ...
+
+
 @pytest.mark.parametrize(
-    ("function", "said"),
+    ("function", "code"),
     [
-        (wrong_inputs, "first two arguments to be param and grad"),
-        (input_default, "first two arguments to be param and grad"),
-        (only_param, "first two arguments to be param and grad"),
-        (state_number, "write exp_avg=zeros, or put it after *"),
-        (state_without_start, "state 'exp_avg' to start from zeros"),
-        (state_called_step, "expected 'step' after"),
-        (starred, "got *args or **kwargs"),
-        (keywords, "got *args or **kwargs"),
-        (step_default, "'step' without a default"),
-        (flag, "'nesterov' to default to a number"),
-        (text, "'mode' to default to a number"),
-        (empty_tuple, "'betas' to default to a number"),
+        (input_default, "E27"),
+        (only_param, "E27"),
+        (keywords, "E27"),
+        (empty_tuple, "E30"),
+        (flags_in_a_tuple, "E30"),
+        (huge, "E15"),
+        (own_scale, "E28"),
+        (step_without_place, "E28"),
+        (asynchronous, "E27"),
+        (unhashable, "E20"),
+        (lambda param, grad: param, "E27"),
     ],
+    ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_another_signature_is_refused_where_it_stands(function, said):
-    with pytest.raises(RuleError) as caught:
+def test_whatever_is_no_rule_is_refused(function, code):
+    with pytest.raises(RuleErrors) as caught:
         rule(function)
-    assert said in str(caught.value)
-    assert f"{function.__name__!r} ({__file__}:" in str(caught.value)
+    assert [d.code for d in caught.value.diagnostics] == [code]
 
 
-def test_only_plain_functions_are_rules():
-    with pytest.raises(RuleError, match="plain function"):
-        rule(print)
+def test_an_argument_is_underlined_where_it_is_written():
+    def far_below(
+        param,
+        grad,
+        second_moment=0.0,
+    ): ...
+
+    with pytest.raises(RuleErrors) as caught:
+        rule(far_below)
+    (mistake,) = caught.value.diagnostics
+    assert mistake.source_line[mistake.column : mistake.end_column] == "second_moment"
+    assert mistake.line == far_below.__code__.co_firstlineno + 3
+
+
+@pytest.mark.parametrize("other", [print, None, 3, property(), type])
+def test_only_plain_functions_are_rules(other):
+    with pytest.raises(RuleError, match=r"E27 .*plain function"):
+        rule(other)
+
+
+def test_the_functions_can_be_imported_but_mean_nothing_outside_rules():
+    for name in WORDS.keys() - {"abs", "sum"}:
+        assert callable(getattr(language, name))
+    with pytest.raises(RuleError, match="inside a rule only"):
+        language.where(True, 1.0, 2.0)

@@ -1,0 +1,142 @@
+"""What a phase does to some neighbouring elements: loads, operations, stores, and the lanes of its reductions.
+
+The same function writes the body of the vector loop and that of the scalar ones. Nothing here knows of loops.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+import torch
+
+from shardstep.rules.backends.llvm.code import WORD, Code, can_write
+from shardstep.rules.backends.llvm.library import STORED, from_memory, to_memory
+from shardstep.rules.backends.llvm.row import RowLayout
+from shardstep.rules.backends.llvm.shared import Shared, is_shared, refusal
+from shardstep.rules.binding import Binding
+from shardstep.rules.ir import Instruction, Phase
+
+LANES: Final = 16
+"""Of the accumulators of a reduction: position mod 16."""
+
+REDUCTIONS: Final = {"sum": ("add", "0.0"), "max": ("maximum", "0xFFF0000000000000")}
+"""How each combines two numbers, and what its lanes begin with."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A phase and how it meets memory."""
+
+    phase: Phase
+    binding: Binding
+    layout: RowLayout
+
+    @cached_property
+    def reductions(self) -> tuple[Instruction, ...]:
+        return tuple(self.phase.body.instructions[number] for number, _ in self.phase.sums)
+
+    @cached_property
+    def low(self) -> torch.dtype | None:
+        """Of the copy of the new param; None where there is no new one."""
+        return self.binding.low if any(name == "param" for name, _ in self.phase.body.stores) else None
+
+    @cached_property
+    def full_lines(self) -> bool:
+        """Whether vectors are aligned for ``low``: whole cache lines of 16-bit numbers can go around the caches."""
+        return self.low is not None and not self.reductions
+
+    @property
+    def width(self) -> int:
+        """Elements of a vector."""
+        return 32 if self.full_lines else LANES
+
+
+class Body:
+    """``index`` names the number of the first element. ``accumulators`` are the lanes after a vector body."""
+
+    def __init__(self, job: Job, width: int, index: str, shared: Shared) -> None:
+        self._job = job
+        self._index = index
+        self._compute = job.binding.compute
+        self._stored = dict(job.binding.stored)
+        self._code = Code(width, "v" if width > 1 else "s")
+        self._shared = shared
+        self._values: dict[int, str] = {}
+        self.accumulators: list[str] = []
+        for number, line in enumerate(job.phase.body.instructions):
+            if not is_shared(line):
+                self._values[number] = self._instruction(line)
+        for name, value in job.phase.body.stores:
+            self._store(name, self._value(value))
+        for number, line in enumerate(job.reductions):
+            self._accumulate(number, REDUCTIONS[line.operation][0], self._value(line.arguments[0]))
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self._code.lines)
+
+    def _instruction(self, line: Instruction) -> str:
+        if line.type.shape != "element" or not (line.operation in ("load", "index") or can_write(line.operation)):
+            raise refusal(self._job.phase.body, line)
+        if line.operation == "load":
+            return self._load(str(line.attributes[0]))
+        if line.operation == "index":
+            return self._global_index()
+        arguments = [self._value(argument) for argument in line.arguments]
+        return self._code.operation(line.operation, self._compute, arguments, *line.attributes)
+
+    def _value(self, number: int) -> str:
+        """An operand. What is shared is spread out where it is first used."""
+        if number not in self._values:
+            type_ = self._shared.type(self._job.phase.body.instructions[number].type.kind)
+            if number in self._shared.constants:
+                return self._code.constant(type_, self._shared.constants[number])
+            self._values[number] = self._code.splat(type_, self._shared.names[number])
+        return self._values[number]
+
+    def _global_index(self) -> str:
+        code, word = self._code, WORD[self._compute]
+        first = code.let(f"add i64 %offset, {self._index}")
+        first = first if word == "i64" else code.let(f"trunc i64 {first} to i32")
+        if code.width == 1:
+            return first
+        steps = ", ".join(f"{word} {lane}" for lane in range(code.width))
+        return code.let(f"add {code.type(word)} {code.splat(word, first)}, <{steps}>")
+
+    def _load(self, name: str) -> str:
+        stored = self._stored[name]
+        address = self._address(self._array(name), stored)
+        value = self._code.let(f"load {self._code.type(STORED[stored])}, ptr {address}, align {stored.itemsize}")
+        return from_memory(self._code, value, stored, self._compute)
+
+    def _store(self, name: str, value: str) -> None:
+        self._write(self._array(name), value, self._stored[name], around_caches=False)
+        if name == "param" and self._job.low is not None:
+            around_caches = self._job.full_lines and self._code.width > 1
+            self._write("%low", value, self._job.low, around_caches)
+
+    def _array(self, name: str) -> str:
+        return f"%array{self._job.layout.arrays.index(name)}"
+
+    def _write(self, array: str, value: str, stored: torch.dtype, around_caches: bool) -> None:
+        written = to_memory(self._code, value, stored, self._compute)
+        how = "align 64, !nontemporal !0" if around_caches else f"align {stored.itemsize}"
+        address = self._address(array, stored)
+        self._code.line(f"store {self._code.type(STORED[stored])} {written}, ptr {address}, {how}")
+
+    def _address(self, array: str, stored: torch.dtype) -> str:
+        return self._code.let(f"getelementptr {STORED[stored]}, ptr {array}, i64 {self._index}")
+
+    def _accumulate(self, number: int, operation: str, value: str) -> None:
+        code = self._code
+        if self._compute == torch.float32:
+            value = code.let(f"fpext {code.type('float')} {value} to {code.type('double')}")
+        if code.width > 1:
+            held = [f"%held{number}", value]
+            self.accumulators.append(code.operation(operation, torch.float64, held))
+            return
+        position = code.let(f"add i64 %offset, {self._index}")
+        lane = code.let(f"and i64 {position}, {LANES - 1}")
+        address = code.let(f"getelementptr double, ptr %lanes{number}, i64 {lane}")
+        total = code.operation(operation, torch.float64, [code.let(f"load double, ptr {address}"), value])
+        code.line(f"store double {total}, ptr {address}")

@@ -1,0 +1,165 @@
+"""Compiled phases as functions on tensors: they pack addresses into rows and call the code.
+
+Small calls must be cheap, so whatever can be known beforehand is.
+"""
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from shardstep.errors import ConfigError
+from shardstep.rules import cache
+from shardstep.rules.backends.llvm.body import Job
+from shardstep.rules.backends.llvm.row import BLOCK, blocks_touched, cuts, layout_of
+from shardstep.rules.backends.llvm.target import TargetUnsupported
+from shardstep.rules.backends.llvm.text import module_text
+from shardstep.rules.backends.llvm.threads import Call, run_all
+from shardstep.rules.binding import Binding
+from shardstep.rules.ir import Phase
+
+if TYPE_CHECKING:
+    from shardstep.rules.backends.llvm.compiler import Loaded
+
+WORTH_THREADS: Final = 524_288
+"""Elements of a call from which on a second thread gains more than the hand-over costs."""
+
+CHUNK: Final = 1_048_576
+"""Elements that a thread takes at once: many enough to hide the Python between, few enough to balance."""
+
+_FORMAT: Final = "1"
+"""Of what is cached."""
+
+_address = Tensor.data_ptr
+
+
+class Row(NamedTuple):
+    """One tensor's run of a phase; the arguments of a call of the kernel."""
+
+    arrays: Mapping[str, Tensor]
+    scalars: Sequence[float]
+    offset: int = 0
+    low: Tensor | None = None
+
+
+def compile_phase(phase: Phase, binding: Binding, *, target: str | None = None) -> "LlvmKernel":
+    """Machine code for a phase: from the cache on disk, or made now.
+
+    ``target``: a lesser machine to make it for, "sse2", "avx2" or "avx512"; the bits are the same. Raises
+    TargetUnsupported where LLVM cannot, and RuleError for a phase that is not one of elements.
+    """
+    compiler = _door()
+    job, machine = _job(phase, binding), compiler.find_target(target)
+    text = module_text(job, machine.x86)
+    key = cache.key(_FORMAT, compiler.VERSIONS, machine.cpu, machine.features, text)
+    code = cache.fetch(key, lambda: compiler.object_code(text, machine))
+    return LlvmKernel(job, compiler.Loaded(code, "run"))
+
+
+def to_llvm(phase: Phase, binding: Binding, *, target: str | None = None) -> str:
+    """What LLVM is given, to read. Raises as `compile_phase` does."""
+    return module_text(_job(phase, binding), _door().find_target(target).x86)
+
+
+def to_assembly(phase: Phase, binding: Binding, *, target: str | None = None) -> str:
+    """What LLVM makes of it, to read. Raises as `compile_phase` does."""
+    compiler = _door()
+    return str(compiler.assembly(to_llvm(phase, binding, target=target), compiler.find_target(target)))
+
+
+def _door() -> ModuleType:
+    try:
+        from shardstep.rules.backends.llvm import compiler  # takes some 30 ms, and not everybody compiles
+    except (ImportError, OSError) as error:
+        raise TargetUnsupported(
+            f"expected llvmlite to load, got {error}; reinstall llvmlite, or use the reference back end"
+        ) from error
+    return compiler
+
+
+def _job(phase: Phase, binding: Binding) -> Job:
+    return Job(phase, binding, layout_of(phase, binding))
+
+
+class LlvmKernel:
+    """See `PhaseKernel`. ``loaded`` is code in memory that is kept as long as this."""
+
+    def __init__(self, job: Job, loaded: "Loaded") -> None:
+        self._loaded = loaded
+        self._run = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(loaded.address)
+        stored, layout = dict(job.binding.stored), job.layout
+        self._names = layout.arrays
+        # Of an element of each array, and of low.
+        self._sizes = [*(stored[name].itemsize for name in layout.arrays), job.low.itemsize if job.low else 0]
+        self._low, self._writes_low = job.binding.low, job.low is not None
+        self._reductions = layout.reductions
+        self._pack = layout.format.pack
+
+    def __call__(
+        self, arrays: Mapping[str, Tensor], scalars: Sequence[float], *, offset: int = 0, low: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Run it in place on one tensor; see `PhaseKernel`."""
+        if self._reductions or arrays[self._names[0]].numel() > WORTH_THREADS:
+            return self.many([Row(arrays, scalars, offset, low)])[0]
+        tensors = [arrays[name] for name in self._names]
+        count = tensors[0].numel()
+        self._run(self._pack(*map(_address, tensors), self._address_of_low(low), count, offset, *scalars), 1)
+        return ()
+
+    def many(self, rows: Sequence[Row]) -> list[tuple[Tensor, ...]]:
+        """Run it in place on many tensors, in one call or in a few by several threads; the partials of each row."""
+        first = self._names[0]
+        counts = [row.arrays[first].numel() for row in rows]
+        rooms = [self._room(count, row.offset) for count, row in zip(counts, rows, strict=True)]
+        total, threads = sum(counts), torch.get_num_threads()
+        if total <= WORTH_THREADS or threads == 1:
+            threads, length = 1, total + BLOCK
+        else:
+            length = max(min(CHUNK, -(-total // threads)), BLOCK)
+        run_all(self._run, self._calls(rows, counts, rooms, length), threads)
+        return [tuple(room) for room in rooms]
+
+    def _calls(self, rows: Sequence[Row], counts: list[int], rooms: list[list[Tensor]], length: int) -> list[Call]:
+        """Tables of about ``length`` elements each: long rows are cut, short ones go together."""
+        calls, packed, size = list[Call](), list[bytes](), 0
+        for row, count, room in zip(rows, counts, rooms, strict=True):
+            addresses = self._addresses(row, room)
+            for begin, end in cuts(count, row.offset, length):
+                packed.append(self._piece(row, addresses, begin, end))
+                size += end - begin
+                if size > length - BLOCK:
+                    calls.append((b"".join(packed), len(packed)))
+                    packed, size = [], 0
+        if packed:
+            calls.append((b"".join(packed), len(packed)))
+        return calls
+
+    def _room(self, count: int, offset: int) -> list[Tensor]:
+        """For the partials of a row."""
+        if not self._reductions:
+            return []
+        return list(torch.empty(self._reductions, blocks_touched(count, offset), dtype=torch.float64))
+
+    def _addresses(self, row: Row, room: list[Tensor]) -> list[int]:
+        arrays = row.arrays
+        found = [arrays[name].data_ptr() for name in self._names]
+        return [*found, self._address_of_low(row.low), *map(_address, room)]
+
+    def _piece(self, row: Row, addresses: list[int], begin: int, end: int) -> bytes:
+        """Elements ``begin`` to ``end`` of a row, as a row of their own."""
+        position, split = row.offset + begin, len(self._sizes)
+        if begin:
+            block = position // BLOCK - row.offset // BLOCK
+            moved = [address + begin * size for address, size in zip(addresses, self._sizes, strict=False)]
+            addresses = moved + [address + 8 * block for address in addresses[split:]]
+        return self._pack(*addresses[:split], end - begin, position, *addresses[split:], *row.scalars)
+
+    def _address_of_low(self, low: Tensor | None) -> int:
+        if self._writes_low and low is None:
+            raise ConfigError(f"expected a tensor for the {self._low} copy of the new param, got none; pass low=")
+        if self._low is None and low is not None:
+            raise ConfigError(f"expected no low copy, got one of {low.dtype}; bind the phase with that dtype as low")
+        return low.data_ptr() if low is not None else 0

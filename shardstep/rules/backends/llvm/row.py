@@ -1,0 +1,80 @@
+"""What the compiled code is given for one run of elements: a row of 8-byte words, the same for writer and reader.
+
+    array addresses | address of low, or 0 | count | offset | address of the partials of each reduction | scalars
+
+A table is rows one after another, so that one call serves many tensors. Nothing here touches memory.
+"""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+from shardstep.rules.binding import Binding
+from shardstep.rules.ir import Phase
+
+BLOCK: Final = 1024
+"""Global positions that share one partial of a reduction."""
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """``arrays``: those that the phase touches, in the binding's order; the rest are counts."""
+
+    arrays: tuple[str, ...]
+    reductions: int
+    scalars: int
+
+    @property
+    def low(self) -> int:
+        """The word that this one is; likewise below."""
+        return len(self.arrays)
+
+    @property
+    def count(self) -> int:
+        return self.low + 1
+
+    @property
+    def offset(self) -> int:
+        return self.low + 2
+
+    @property
+    def first_partials(self) -> int:
+        return self.low + 3
+
+    @property
+    def first_scalar(self) -> int:
+        return self.first_partials + self.reductions
+
+    @property
+    def words(self) -> int:
+        return self.first_scalar + self.scalars
+
+    @cached_property
+    def format(self) -> struct.Struct:
+        """Packs a row."""
+        return struct.Struct(f"={self.first_scalar}q{self.scalars}d")
+
+
+def layout_of(phase: Phase, binding: Binding) -> RowLayout:
+    """The row of a phase."""
+    body = phase.body
+    touched = {str(line.attributes[0]) for line in body.instructions if line.operation == "load"}
+    touched |= {name for name, _ in body.stores}
+    arrays = tuple(name for name, _ in binding.stored if name in touched)
+    return RowLayout(arrays, len(phase.sums), len(phase.scalars))
+
+
+def blocks_touched(count: int, offset: int) -> int:
+    """How many blocks of the global grid a run has elements in."""
+    return (offset + count - 1) // BLOCK - offset // BLOCK + 1 if count else 0
+
+
+def cuts(count: int, offset: int, length: int) -> Iterator[tuple[int, int]]:
+    """A run in pieces of at most ``length`` elements (at least a block) that end where blocks of the grid end."""
+    begin = 0
+    while begin < count:
+        end = min((offset + begin + length) // BLOCK * BLOCK - offset, count)
+        yield begin, end
+        begin = end

@@ -1,0 +1,210 @@
+"""A phase as a module in LLVM's text: ``run(table, count)`` goes through the rows of a table.
+
+A row is cut into *runs*: all of it, or, where there are reductions, its part of each block of the global grid. A run
+is a scalar head until the vectors are aligned, vectors, and a scalar tail; both bodies say the same. Vectors are
+aligned to the grid's 16 lanes where there are reductions, else to the cache lines of ``low``, else not at all.
+"""
+
+from typing import Final
+
+import torch
+
+from shardstep.rules.backends.llvm.body import LANES, REDUCTIONS, Body, Job
+from shardstep.rules.backends.llvm.code import Code
+from shardstep.rules.backends.llvm.row import BLOCK
+from shardstep.rules.backends.llvm.shared import Shared
+
+_ATTRIBUTES: Final = 'attributes #0 = { nounwind "min-legal-vector-width"="512" "prefer-vector-width"="512" }'
+
+_DEFAULT_MXCSR: Final = 0x1F80
+"""Nearest even, denormals kept, no traps."""
+
+
+def module_text(job: Job, x86: bool) -> str:
+    """The whole module. Raises RuleError for what a phase of elements cannot have."""
+    return "\n".join([_declarations(job, x86), _row(job), _run(job, x86), _ATTRIBUTES, "!0 = !{i32 1}\n"])
+
+
+def _declarations(job: Job, x86: bool) -> str:
+    lines = []
+    for code in (Code(1, ""), Code(job.width, "")):
+        for scalar in ("float", "double"):
+            type_, suffix = code.type(scalar), code.suffix(scalar)
+            lines += [f"declare {type_} @llvm.{name}.{suffix}({type_})" for name in ("fabs", "sqrt")]
+            lines.append(f"declare {type_} @llvm.fma.{suffix}({type_}, {type_}, {type_})")
+    if x86:
+        lines += [f"declare void @llvm.x86.sse.{name}(ptr)" for name in ("stmxcsr", "ldmxcsr")]
+        lines.append("declare void @llvm.x86.sse.sfence()")
+    return "\n".join(lines) + "\n"
+
+
+def _run(job: Job, x86: bool) -> str:
+    """The entry. Denormals are kept in here, whatever the thread that calls has set."""
+    return f"""define void @run(ptr %table, i64 %count) #0 {{
+entry:
+{_enter() if x86 else ""}
+  br label %test
+test:
+  %i = phi i64 [0, %entry], [%next, %body]
+  %more = icmp ult i64 %i, %count
+  br i1 %more, label %body, label %done
+body:
+  %at = mul i64 %i, {8 * job.layout.words}
+  %row = getelementptr i8, ptr %table, i64 %at
+  call void @row(ptr %row)
+  %next = add i64 %i, 1
+  br label %test
+done:
+{_leave(job) if x86 else ""}
+  ret void
+}}
+"""
+
+
+def _enter() -> str:
+    return f"""  %theirs = alloca i32
+  %ours = alloca i32
+  call void @llvm.x86.sse.stmxcsr(ptr %theirs)
+  store i32 {_DEFAULT_MXCSR}, ptr %ours
+  call void @llvm.x86.sse.ldmxcsr(ptr %ours)"""
+
+
+def _leave(job: Job) -> str:
+    """Stores around the caches are not ordered by themselves."""
+    fence = "\n  call void @llvm.x86.sse.sfence()" if job.full_lines else ""
+    return f"  call void @llvm.x86.sse.ldmxcsr(ptr %theirs){fence}"
+
+
+def _row(job: Job) -> str:
+    """One row. It must not become part of ``run``, whose setting of denormals comes first."""
+    shared = Shared(job.phase.body, job.binding.compute)
+    scalar, vector = Body(job, 1, "%i", shared), Body(job, job.width, "%j", shared)
+    accumulators = [
+        f"%held{k} = phi <16 x double> [%before{k}, %vector.begin], [{after}, %vector]"
+        for k, after in enumerate(vector.accumulators)
+    ]
+    return f"""define internal void @row(ptr %row) noinline #0 {{
+entry:
+{_prologue(job)}
+{chr(10).join(shared.lines)}
+  %empty = icmp eq i64 %count, 0
+  br i1 %empty, label %exit, label %run
+run:
+  %begin = phi i64 [0, %entry], [%end, %run.done]
+{_run_in_block(job) if job.reductions else _whole_run(job)}
+  %beyond = add i64 %begin, %head
+  %short = icmp ult i64 %end, %beyond
+  %first = select i1 %short, i64 %end, i64 %beyond
+  br label %scalar.test
+scalar.test:
+  %i = phi i64 [%begin, %run], [%i.next, %scalar], [%j, %vector.done]
+  %stop = phi i64 [%first, %run], [%stop, %scalar], [%end, %vector.done]
+  %scalar.more = icmp ult i64 %i, %stop
+  br i1 %scalar.more, label %scalar, label %scalar.done
+scalar:
+{scalar.text}
+  %i.next = add i64 %i, 1
+  br label %scalar.test
+scalar.done:
+  %over = icmp eq i64 %i, %end
+  br i1 %over, label %run.done, label %vector.begin
+vector.begin:
+{_each(job, "%before{k} = load <16 x double>, ptr %lanes{k}")}
+  br label %vector.test
+vector.test:
+  %j = phi i64 [%i, %vector.begin], [%j.next, %vector]
+{_lines(accumulators)}
+  %j.next = add i64 %j, {job.width}
+  %fits = icmp ule i64 %j.next, %end
+  br i1 %fits, label %vector, label %vector.done
+vector:
+{vector.text}
+  br label %vector.test
+vector.done:
+{_each(job, "store <16 x double> %held{k}, ptr %lanes{k}")}
+  br label %scalar.test
+run.done:
+{_folds(job)}
+  %all = icmp eq i64 %end, %count
+  br i1 %all, label %exit, label %run
+exit:
+  ret void
+}}
+"""
+
+
+def _lines(lines: list[str]) -> str:
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def _each(job: Job, template: str) -> str:
+    return _lines([template.format(k=k) for k in range(len(job.reductions))])
+
+
+def _prologue(job: Job) -> str:
+    """What the row says, and room for the lanes of reductions."""
+    layout, lines = job.layout, list[str]()
+
+    def read(name: str, type_: str, word: int) -> None:
+        lines.append(f"%at.{name} = getelementptr i8, ptr %row, i64 {8 * word}")
+        lines.append(f"%{name} = load {type_}, ptr %at.{name}, align 1")
+
+    for word, name in enumerate(layout.arrays):
+        lines.append(f"; {name}")
+        read(f"array{word}", "ptr", word)
+    read("low", "ptr", layout.low)
+    read("count", "i64", layout.count)
+    read("offset", "i64", layout.offset)
+    for k in range(layout.reductions):
+        read(f"partials{k}", "ptr", layout.first_partials + k)
+        lines.append(f"%lanes{k} = alloca <16 x double>")
+    for k in range(layout.scalars):
+        read(f"exact.s{k}", "double", layout.first_scalar + k)
+    return _lines(lines)
+
+
+def _whole_run(job: Job) -> str:
+    """The %end of the run, and the length of the %head before its vectors."""
+    if not job.full_lines:
+        return "  %end = add i64 %count, 0\n  %head = add i64 0, 0"
+    return """  %end = add i64 %count, 0
+  %address = ptrtoint ptr %low to i64
+  %back = sub i64 0, %address
+  %gap = and i64 %back, 63
+  %head = lshr i64 %gap, 1"""
+
+
+def _run_in_block(job: Job) -> str:
+    """The same for the part of a block of the grid; and lanes that hold nothing yet."""
+    starts = [
+        f"store <16 x double> splat (double {REDUCTIONS[line.operation][1]}), ptr %lanes{k}"
+        for k, line in enumerate(job.reductions)
+    ]
+    return f"""  %position = add i64 %offset, %begin
+  %inside = and i64 %position, {BLOCK - 1}
+  %room = sub i64 {BLOCK}, %inside
+  %border = add i64 %begin, %room
+  %whole = icmp ult i64 %border, %count
+  %end = select i1 %whole, i64 %border, i64 %count
+  %back = sub i64 0, %position
+  %head = and i64 %back, {LANES - 1}
+{_lines(starts)}"""
+
+
+def _folds(job: Job) -> str:
+    """The lanes of each reduction become one number: lane l takes lane l + 8, then l + 4, l + 2, l + 1."""
+    if not job.reductions:
+        return ""
+    lines = ["%origin = lshr i64 %offset, 10", "%here = lshr i64 %position, 10", "%block = sub i64 %here, %origin"]
+    lines += [f"%full{k} = load <16 x double>, ptr %lanes{k}" for k in range(len(job.reductions))]
+    code = Code(LANES, "fold")
+    for k, line in enumerate(job.reductions):
+        held = f"%full{k}"
+        for half in (8, 4, 2, 1):
+            places = ", ".join(f"i32 {lane + half}" if lane < half else "i32 poison" for lane in range(LANES))
+            upper = code.let(f"shufflevector <16 x double> {held}, <16 x double> poison, <16 x i32> <{places}>")
+            held = code.operation(REDUCTIONS[line.operation][0], torch.float64, [held, upper])
+        partial = code.let(f"extractelement <16 x double> {held}, i64 0")
+        address = code.let(f"getelementptr double, ptr %partials{k}, i64 %block")
+        code.line(f"store double {partial}, ptr {address}")
+    return "\n".join([_lines(lines), *code.lines])

@@ -1,0 +1,147 @@
+"""The door to triton: from the text of a kernel to machine code, and its launches. Nobody else imports it.
+
+The signature of a kernel is written by us, not found from the first call's values: a scalar that happens to be 1,
+or a float64 one, would otherwise become another type and give other bits. In Triton's interpreter mode
+(``TRITON_INTERPRET=1``) the same text runs in numpy on tensors of the CPU.
+"""
+
+import hashlib
+import linecache
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from shardstep.errors import ConfigError
+from shardstep.rules.backends.triton.text import (
+    BLOCK,
+    BLOCKS_PER_PROGRAM,
+    arguments,
+    arrays,
+    kernel_name,
+    reductions,
+    source,
+    writes_low,
+)
+from shardstep.rules.binding import Binding, PhaseKernel
+from shardstep.rules.ir import Phase
+
+OPTIONS: Final = {"num_warps": 4, "enable_fp_fusion": False, "enable_reflect_ftz": False}
+
+ALIGNMENT: Final = 16
+"""What divides the addresses and the length, where a kernel may load 128 bits at a time."""
+
+
+def compile_phase(phase: Phase, binding: Binding) -> PhaseKernel:
+    """The kernel of ``phase`` on CUDA tensors; compiled at the first call on each kind of device.
+
+    Raises RuleError if a kernel cannot have what the phase does, ConfigError if triton is not installed.
+    """
+    return _TritonKernel(phase, binding)
+
+
+def compile_text(phase: Phase, binding: Binding, arch: int, *, aligned: bool = True) -> dict[str, str]:
+    """The kernel for ``arch`` (80, 90, …) as ``ttir``, ``llir`` and ``ptx``; needs no GPU.
+
+    ``aligned``: the one for arrays whose addresses and length are multiples of 16, or the one for all others.
+    """
+    compiled = _compile(_function(phase, binding), phase, binding, arch, aligned=aligned)
+    return {stage: compiled.asm[stage] for stage in ("ttir", "llir", "ptx")}
+
+
+class _TritonKernel:
+    """One phase; compiled once for each (device, whether everything is aligned): machine code is loaded by device."""
+
+    def __init__(self, phase: Phase, binding: Binding) -> None:
+        self._phase = phase
+        self._binding = binding
+        self._function = _function(phase, binding)
+        self._interpreted = not isinstance(self._function, _import().JITFunction)
+        self._arrays = tuple(arrays(phase, binding))
+        self._low = writes_low(phase, binding)
+        self._sums = len(reductions(phase))
+        self._compiled: dict[tuple[int, bool], Any] = {}
+
+    def __call__(
+        self, arrays: Mapping[str, Tensor], scalars: Sequence[float], *, offset: int = 0, low: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        tensors = [arrays[name] for name in self._arrays]
+        if self._low:
+            if low is None:
+                raise ConfigError(f"expected a tensor low in {self._binding.low} beside param, got none; pass one")
+            tensors.append(low)
+        numbers = torch.tensor(scalars, dtype=torch.float64).to(self._binding.compute).tolist()
+        if self._sums:
+            return self._reduce(tensors, numbers, offset)
+        n = tensors[0].numel()
+        body = n - n % ALIGNMENT if all(_is_aligned(tensor) for tensor in tensors) else 0
+        for first, count in ((0, body), (body, n - body)):
+            if count:
+                run = [tensor[first : first + count] for tensor in tensors]
+                self._launch(-(-count // BLOCK), run, [count, offset + first, *numbers], aligned=first < body)
+        return ()
+
+    def _reduce(self, tensors: list[Tensor], numbers: list[float], offset: int) -> tuple[Tensor, ...]:
+        n = tensors[0].numel()
+        blocks = -(-(offset + n) // BLOCK) - offset // BLOCK if n else 0
+        partials = [torch.empty(blocks, dtype=torch.float64, device=tensors[0].device) for _ in range(self._sums)]
+        if blocks:
+            aligned = not n % ALIGNMENT and not offset % ALIGNMENT and all(_is_aligned(tensor) for tensor in tensors)
+            grid = -(-blocks // BLOCKS_PER_PROGRAM)
+            self._launch(grid, [*tensors, *partials], [n, offset, *numbers], aligned=aligned)
+        return tuple(partials)
+
+    def _launch(self, grid: int, tensors: list[Tensor], numbers: list[float], *, aligned: bool) -> None:
+        device = tensors[0].device
+        if self._interpreted:
+            self._function[(grid,)](*tensors, *numbers)
+            return
+        if device.type != "cuda":
+            raise ConfigError(f"expected tensors on a CUDA device for a Triton kernel, got {device}; move them there")
+        key = (device.index, aligned)
+        if key not in self._compiled:
+            major, minor = torch.cuda.get_device_capability(device)
+            arch = major * 10 + minor
+            self._compiled[key] = _compile(self._function, self._phase, self._binding, arch, aligned=aligned)
+        with torch.cuda.device(device):
+            self._compiled[key][(grid, 1, 1)](*tensors, *numbers)
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    return tensor.data_ptr() % ALIGNMENT == 0
+
+
+def _function(phase: Phase, binding: Binding) -> Any:
+    """The kernel as triton's own object, made from its text."""
+    text = source(phase, binding)
+    _import()
+    # triton reads the source of its functions through linecache, as tracebacks do.
+    name = f"<shardstep kernel {kernel_name(phase)} {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
+    linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+    module: dict[str, Any] = {"__name__": name}
+    exec(compile(text, name, "exec"), module)
+    return module[kernel_name(phase)]
+
+
+def _compile(function: Any, phase: Phase, binding: Binding, arch: int, *, aligned: bool) -> Any:
+    triton = _import()
+    signature = arguments(phase, binding)
+    divisible = [["tt.divisibility", ALIGNMENT]]
+    hinted = {name for name, type_ in signature.items() if type_.startswith("*")} | {"n"}
+    hinted |= {"offset"} if reductions(phase) else set()
+    attributes = {(i,): divisible for i, name in enumerate(signature) if aligned and name in hinted}
+    compiler = triton.compiler
+    target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
+    return triton.compile(compiler.ASTSource(function, signature, attrs=attributes), target=target, options=OPTIONS)
+
+
+def _import() -> Any:
+    try:
+        import triton.backends.compiler  # type: ignore  # without types, and absent on some machines
+        import triton.compiler  # type: ignore
+    except ImportError as error:
+        raise ConfigError(
+            "expected triton to be installed for a kernel on a GPU, got none; install triton, or use another back end"
+        ) from error
+    return triton

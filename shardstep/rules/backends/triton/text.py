@@ -1,0 +1,161 @@
+"""A phase as the text of a Triton kernel: one instruction a line. Pure text; triton is not imported here.
+
+A kernel without reductions takes 1,024 elements a program. One with reductions takes 32 blocks of 1,024 global
+positions, in 64 rows of 16 lanes from first to last, since that is the order in which a sum is defined. Arguments:
+the arrays in the binding's order, the low-precision copy, the partials of each reduction, ``n`` and ``offset``
+(the global position of element 0), the scalars.
+"""
+
+import re
+from typing import Final
+
+import torch
+
+from shardstep.errors import RuleError
+from shardstep.rules.backends.triton.operations import NAMES, WORDS, constant, loaded, pointwise, stored
+from shardstep.rules.backends.triton.prelude import needed
+from shardstep.rules.binding import Binding
+from shardstep.rules.ir import Instruction, Phase
+
+BLOCK: Final = 1024
+"""Elements of a block, and of a program without reductions."""
+
+LANES: Final = 16
+BLOCKS_PER_PROGRAM: Final = 32
+"""In a program with reductions; 32 × 16 elements are one load of 128 bits for each of 128 threads."""
+
+_HEADER = "import triton\nimport triton.language as tl\n"
+
+_FLAT = f"""\
+    i = tl.program_id(0).to(tl.int64) * {BLOCK} + tl.arange(0, {BLOCK})
+    inside = i < n"""
+
+_BLOCKS = f"""\
+    block = tl.program_id(0).to(tl.int64) * {BLOCKS_PER_PROGRAM} + tl.arange(0, {BLOCKS_PER_PROGRAM})
+    start = (offset // {BLOCK} + block) * {BLOCK}"""
+
+_ROW = f"""\
+    for row in range({BLOCK // LANES}):
+        position = start[:, None] + (row * {LANES} + tl.arange(0, {LANES})[None, :])
+        inside = (position >= offset) & (position < offset + n)
+        i = position - offset"""
+
+
+def source(phase: Phase, binding: Binding) -> str:
+    """The module that holds the kernel of ``phase``. Raises RuleError if a kernel cannot have what the phase does."""
+    lines = [f"def {kernel_name(phase)}({', '.join(arguments(phase, binding))}):"]
+    body = _lines(phase, binding)
+    if reductions(phase):
+        lines += [_BLOCKS, *_accumulators(phase), _ROW, *(f"        {line}" for line in body)]
+        lines += _partials(phase)
+    else:
+        lines += [_FLAT, *(f"    {line}" for line in body)]
+    kernel = "\n".join(["@triton.jit", *lines]) + "\n"
+    return "\n\n".join(part for part in (_HEADER, needed(kernel), kernel) if part)
+
+
+def kernel_name(phase: Phase) -> str:
+    """The name of the kernel in the text, and on the device."""
+    return re.sub(r"\W", "_", f"{phase.body.name}_kernel", flags=re.ASCII)
+
+
+def reductions(phase: Phase) -> tuple[int, ...]:
+    """The number of each reduction in the body, in the order in which a kernel returns them."""
+    return tuple(number for number, _ in phase.sums)
+
+
+def arrays(phase: Phase, binding: Binding) -> dict[str, torch.dtype]:
+    """The dtype of each array that the phase loads or stores, in the binding's order."""
+    used = {str(line.attributes[0]) for line in phase.body.instructions if line.operation == "load"}
+    used |= {name for name, _ in phase.body.stores}
+    found = {name: dtype for name, dtype in binding.stored if name in used}
+    for name in sorted(used):
+        if phase.body.shapes[name] != "element":
+            raise RuleError(
+                f"rule {phase.body.name!r}: expected arrays with one value for each element in a Triton kernel, "
+                f"got {name!r} with one for each {phase.body.shapes[name]}; use another back end for it"
+            )
+        if name not in found or not name.isidentifier():
+            raise RuleError(
+                f"rule {phase.body.name!r}: expected a binding with a dtype for {name!r}, got one for "
+                f"{', '.join(bound for bound, _ in binding.stored)}; bind each array that the phase loads or stores"
+            )
+    return found
+
+
+def writes_low(phase: Phase, binding: Binding) -> bool:
+    """Whether the phase writes the low-precision copy of the param."""
+    return binding.low is not None and any(name == "param" for name, _ in phase.body.stores)
+
+
+def arguments(phase: Phase, binding: Binding) -> dict[str, str]:
+    """Each argument of the kernel with its type in Triton's signatures."""
+    real = _signature(binding.compute)
+    signature = {f"at_{name}": f"*{_signature(dtype)}" for name, dtype in arrays(phase, binding).items()}
+    if writes_low(phase, binding) and binding.low is not None:
+        signature["low"] = f"*{_signature(binding.low)}"
+    signature |= {f"partials{number}": "*fp64" for number in reductions(phase)}
+    signature |= {"n": "i64", "offset": "i64"}
+    return signature | {f"s{index}": real for index in range(len(phase.scalars))}
+
+
+def _signature(dtype: torch.dtype) -> str:
+    return {"tl.bfloat16": "bf16"}.get(NAMES[dtype], NAMES[dtype].replace("tl.float", "fp"))
+
+
+def _lines(phase: Phase, binding: Binding) -> list[str]:
+    """The instructions, then the stores: what is loaded is what was there before the step."""
+    shape = f"[{BLOCKS_PER_PROGRAM}, {LANES}]" if reductions(phase) else f"[{BLOCK}]"
+    lines = []
+    for number, line in enumerate(phase.body.instructions):
+        text = _instruction(phase, binding, number, line, shape)
+        lines.append(text + (f"  # line {line.place.line}" if line.place else ""))
+    dtypes = arrays(phase, binding)
+    for name, value in phase.body.stores:
+        lines.append(stored(f"at_{name} + i", f"v{value}", dtypes[name], binding.compute))
+        if name == "param" and binding.low is not None:
+            lines.append(stored("low + i", f"v{value}", binding.low, binding.compute))
+    return lines
+
+
+def _instruction(phase: Phase, binding: Binding, number: int, line: Instruction, shape: str) -> str:
+    compute = binding.compute
+    if number in reductions(phase):
+        return _accumulate(line, number)
+    if line.operation == "load":
+        name = str(line.attributes[0])
+        return f"v{number} = {loaded(f'at_{name} + i', dict(binding.stored)[name], compute)}"
+    if line.operation == "const":
+        return f"v{number} = {constant(line, shape, compute)}"
+    if line.operation == "hyper":
+        return f"v{number} = tl.full({shape}, {line.attributes[0]}, {NAMES[compute]})"
+    if line.operation == "index":
+        return f"v{number} = (offset + i).to({WORDS[compute]})"
+    return f"v{number} = {pointwise(line, [f'v{argument}' for argument in line.arguments], compute)}"
+
+
+def _accumulators(phase: Phase) -> list[str]:
+    starts = {"sum": "0.0", "max": 'float("-inf")'}
+    shape = f"[{BLOCKS_PER_PROGRAM}, {LANES}]"
+    return [f"    {op}{number} = tl.full({shape}, {starts[op]}, tl.float64)" for number, op in _kinds(phase)]
+
+
+def _accumulate(line: Instruction, number: int) -> str:
+    # Adding the +0.0 of a lane outside changes nothing: a sum that starts at +0.0 never is -0.0.
+    value = f"v{line.arguments[0]}"
+    if line.operation == "sum":
+        return f"sum{number} += tl.where(inside, {value}, 0.0).to(tl.float64)"
+    return f'max{number} = maximum(max{number}, tl.where(inside, {value}, float("-inf")).to(tl.float64))'
+
+
+def _partials(phase: Phase) -> list[str]:
+    pairs = [(number, f"fold_{op}({op}{number})") for number, op in _kinds(phase)]
+    return [f"    tl.store(partials{number} + block, {fold}, mask=start < offset + n)" for number, fold in pairs]
+
+
+def _kinds(phase: Phase) -> list[tuple[int, str]]:
+    kinds = [(number, phase.body.instructions[number].operation) for number in reductions(phase)]
+    for _, operation in kinds:
+        if operation not in ("sum", "max"):
+            raise RuleError(f"expected reductions to one number for each tensor, got {operation!r} in a Triton kernel")
+    return kinds

@@ -1,0 +1,206 @@
+"""A rule and its kernels: one for each combination of flags, dtypes and kind of device that it has met.
+
+The last room that a rule flows through, and the only one that optimizers see. It chooses the back end, has the
+host's scalars computed before each phase, and joins the sums over tensors between phases. It never looks into a
+phase, and never knows where the parts of a tensor lie.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from shardstep.errors import ConfigError
+from shardstep.rules.backends import blocks, interpreter, llvm, triton
+from shardstep.rules.binding import Binding, PhaseKernel
+from shardstep.rules.ir import Phases, Program, State
+from shardstep.rules.kernel import check_arrays
+from shardstep.rules.language import Rule
+from shardstep.rules.locality import Locality, locality
+from shardstep.rules.lower import program_of
+from shardstep.rules.passes import compile_phases, compile_truths
+from shardstep.rules.scalars import Scalars, compile_scalars
+from shardstep.types import Batch, Segment
+
+Hypers = Mapping[str, object]
+"""Hyper-parameters by name: numbers, truth values, one-element tensors, or tuples of them."""
+
+_COUNTS: Final = frozenset({"numel", "rows", "columns"})
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A compiled phase, and what the host does around it."""
+
+    kernel: PhaseKernel
+    scalars: Scalars
+    sums: tuple[tuple[str, int], ...]
+    """For each reduction, which one, and the number of its value in the whole program."""
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """The kernels for one combination."""
+
+    phases: Phases
+    passes: tuple[_Pass, ...]
+    counts: tuple[tuple[int, str], ...]
+
+
+@dataclass
+class _Job:
+    """One segment on its way through the phases. ``known``: what the host knows of its tensor, by number."""
+
+    segment: Segment
+    variant: _Variant
+    arrays: dict[str, Tensor]
+    hypers: dict[str, object]
+    known: dict[int, float] = field(default_factory=dict)
+
+    def scalars(self, number: int) -> tuple[float, ...]:
+        return self.variant.passes[number].scalars(self.hypers, self.known)
+
+    def sums(self, number: int) -> tuple[tuple[str, int], ...]:
+        return self.variant.passes[number].sums if number < len(self.variant.passes) else ()
+
+
+class CompiledRule:
+    """Updates segments by one rule. Raises RuleErrors here if the rule is wrong."""
+
+    def __init__(self, rule: Rule) -> None:
+        self._name = rule.name
+        self.program = program_of(rule)
+        self.locality, self.reason = locality(self.program)
+        self._truths = compile_truths(self.program)
+        self._phases: dict[tuple[tuple[bool, ...], torch.dtype], Phases] = {}
+        self._variants: dict[tuple[Any, ...], _Variant] = {}
+
+    def states(self, hypers: Hypers) -> tuple[State, ...]:
+        """The states that are there with these flags, in order; the others are neither read nor written."""
+        used: set[str] = set()
+        for step in (1, 2):
+            program = self._phases_for({**hypers, "step": step}, torch.float32).program
+            used.update(str(line.attributes[0]) for line in program.instructions if line.operation == "load")
+            used.update(name for name, _ in program.stores)
+        return tuple(state for state in self.program.states if state.name in used)
+
+    def update(self, batch: Batch, groups: Sequence[Hypers]) -> None:
+        """Update every segment in place, by the hyper-parameters of its group.
+
+        Collective where the rule makes sums over tensors. Raises ConfigError for arrays that are not as `Segment`
+        says, RuleError if a per-step scalar has no value.
+        """
+        jobs = [self._job(segment, groups[segment.group]) for segment in batch.segments]
+        if self.locality == "reduced":
+            self._make_sums(batch, jobs, groups)
+        together: dict[int, list[_Job]] = {}
+        for job in jobs:
+            together.setdefault(id(job.variant), []).append(job)
+        for alike in together.values():
+            _run_last(alike)
+
+    def _make_sums(self, batch: Batch, jobs: list[_Job], groups: Sequence[Hypers]) -> None:
+        everywhere = [self._phases_for({**groups[group], "step": step}, torch.float32) for group, step in batch.updated]
+        for number in range(max((len(phases.phases) for phases in everywhere), default=1) - 1):
+            count = max(len(phases.phases[number].sums) for phases in everywhere if number < len(phases.phases))
+            partials = [list(_run(job, number)) if job.sums(number) else [] for job in jobs]
+            for job, whole in zip(jobs, batch.combine(partials, count), strict=True):
+                for (operation, value), parts in zip(job.sums(number), whole, strict=False):
+                    job.known[value] = float(blocks.combine(operation, parts.cpu().numpy()))
+
+    def _phases_for(self, hypers: Hypers, compute: torch.dtype) -> Phases:
+        key = (self._truths(hypers), compute)
+        if key not in self._phases:
+            self._phases[key] = compile_phases(self.program, *key)
+        return self._phases[key]
+
+    def _job(self, segment: Segment, group: Hypers) -> _Job:
+        hypers = {**group, "step": segment.step, "grad_scale": segment.grad_scale}
+        param, low = segment.param, segment.low
+        arrays = {"param": param, "grad": segment.grad, **segment.state}
+        key = (
+            self._truths(hypers),
+            *(array.dtype for array in arrays.values()),
+            None if low is None else low.dtype,
+            param.device.type,
+            *segment.state,
+        )
+        variant = self._variants.get(key)
+        if variant is None:
+            variant = self._variants[key] = self._compile(segment, hypers)
+        check_arrays(segment)
+        job = _Job(segment, variant, arrays, hypers)
+        for number, what in variant.counts:
+            job.known[number] = _counted(segment, what)
+        return job
+
+    def _compile(self, segment: Segment, hypers: Hypers) -> _Variant:
+        phases = self._phases_for(hypers, segment.param.dtype)
+        stored = {"param": segment.param, "grad": segment.grad, **segment.state}
+        missing = [state.name for state in self.states(hypers) if state.name not in stored]
+        if missing:
+            raise ConfigError(f"expected the states {missing} of the rule {self._name!r}, got only {list(stored)[2:]}")
+        passes = []
+        for number, phase in enumerate(phases.phases):
+            low = segment.low if number == len(phases.phases) - 1 else None
+            dtypes = tuple((name, array.dtype) for name, array in stored.items())
+            binding = Binding(segment.param.dtype, dtypes, None if low is None else low.dtype)
+            kernel = _back_end(segment.param.device)(phase, binding)
+            sums = tuple((phase.body.instructions[inner].operation, outer) for inner, outer in phase.sums)
+            passes.append(_Pass(kernel, compile_scalars(phases.program, phase.scalars), sums))
+        counts = [(n, line.operation) for n, line in enumerate(phases.program.instructions)]
+        return _Variant(phases, tuple(passes), tuple((n, what) for n, what in counts if what in _COUNTS))
+
+
+def _run(job: _Job, number: int) -> tuple[Tensor, ...]:
+    """The partials of the sums of a phase that is not the last."""
+    return job.variant.passes[number].kernel(job.arrays, job.scalars(number), offset=job.segment.offset)
+
+
+def _run_last(jobs: list[_Job]) -> None:
+    """The phase that stores, on segments that share their kernel."""
+    number = len(jobs[0].variant.passes) - 1
+    kernel = jobs[0].variant.passes[number].kernel
+    if len(jobs) > 1 and isinstance(kernel, llvm.LlvmKernel):
+        kernel.many([llvm.Row(j.arrays, j.scalars(number), j.segment.offset, j.segment.low) for j in jobs])
+        return
+    for job in jobs:
+        kernel(job.arrays, job.scalars(number), offset=job.segment.offset, low=job.segment.low)
+
+
+def _counted(segment: Segment, what: str) -> float:
+    shape = segment.shape
+    assert shape is not None  # `Batch.per_tensor`: a rule that counts is not elementwise
+    rows = shape[0] if shape else 1
+    return float({"numel": prod(shape), "rows": rows, "columns": prod(shape[1:])}[what])
+
+
+def _back_end(device: torch.device) -> Any:
+    """``compile_phase`` of the fastest back end for a device."""
+    if device.type == "cuda":
+        return triton.compile_phase
+    return _llvm_or_reference if device.type == "cpu" else interpreter.compile_phase
+
+
+def _llvm_or_reference(phase: Any, binding: Binding) -> PhaseKernel:
+    try:
+        return llvm.compile_phase(phase, binding)
+    except llvm.TargetUnsupported as error:
+        warnings.warn(f"updates run on the reference back end, which is slow and gives the same bits: {error}")
+        return interpreter.compile_phase(phase, binding)
+
+
+_COMPILED: "WeakKeyDictionary[Rule, CompiledRule]" = WeakKeyDictionary()
+
+
+def compile_rule(rule: Rule) -> CompiledRule:
+    """The compiled form of ``rule``, kept for as long as the rule lives."""
+    compiled = _COMPILED.get(rule)
+    if compiled is None:
+        compiled = _COMPILED[rule] = CompiledRule(rule)
+    return compiled

@@ -1,0 +1,55 @@
+"""How a program may be sharded: which part of a tensor its result at one element depends on, and why."""
+
+from typing import Final, Literal, TypeAlias
+
+from shardstep.rules.ir import Instruction, Program
+
+Locality: TypeAlias = Literal["elementwise", "reduced", "factored", "matrix"]
+
+_ORDER: Final[tuple[Locality, ...]] = ("elementwise", "reduced", "factored", "matrix")
+_NEEDS: Final[dict[Locality, str]] = {
+    "reduced": "needs all elements of the tensor",
+    "factored": "needs whole rows and columns of the tensor",
+    "matrix": "needs the whole matrix in one place",
+}
+
+
+def locality(program: Program) -> tuple[Locality, str]:
+    """The weakest way of sharding that the program allows, and the operation, with its line, that allows no better.
+
+    elementwise: any flat range · reduced: a sum over each tensor · factored: sums over its rows and columns · matrix:
+    whole tensors only. What no store depends on does not count.
+    """
+    found: Locality = "elementwise"
+    reason = "every operation is on one element at a time"
+    for line in _needed(program):
+        demanded = _demanded(program, line)
+        if _ORDER.index(demanded) > _ORDER.index(found):
+            where = f" in line {line.place.line}" if line.place else ""
+            found, reason = demanded, f"{_named(line)}{where} {_NEEDS[demanded]}"
+    return found, reason
+
+
+def _needed(program: Program) -> list[Instruction]:
+    wanted = {value for _, value in program.stores}
+    for index in range(len(program.instructions) - 1, -1, -1):
+        if index in wanted:
+            wanted.update(program.instructions[index].arguments)
+    return [program.instructions[index] for index in sorted(wanted)]
+
+
+def _demanded(program: Program, line: Instruction) -> Locality:
+    match line.operation:
+        case "matmul" | "transpose":
+            return "matrix"
+        case "row_sum" | "column_sum":
+            return "factored"
+        case "sum" | "max" | "numel" | "rows" | "columns":
+            return "reduced"
+        case "load" if line.type.shape != "element":
+            return "reduced" if line.type.shape == "tensor" else "factored"
+    return "elementwise"
+
+
+def _named(line: Instruction) -> str:
+    return f"{line.operation} {line.attributes[0]}" if line.operation == "load" else line.operation

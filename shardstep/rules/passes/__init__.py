@@ -1,0 +1,11 @@
+"""What happens to a rule's program between the front end and the back ends. One pure function a pass.
+
+Every pass is Program -> Program, shows before → after in its docstring, and keeps the bits of every number that is
+stored; `pipeline` runs them in order with the verifier between; `split` comes last and makes phases. Nothing here
+knows a back end, a dtype that an array is stored in, or an optimizer.
+"""
+
+from shardstep.rules.passes.pipeline import compile_phases, stages
+from shardstep.rules.passes.specialise import compile_truths, conditions, truths
+
+__all__ = ["compile_phases", "compile_truths", "conditions", "stages", "truths"]

@@ -1,0 +1,73 @@
+"""All passes in their order, the verifier between them.
+
+    gradient · specialise · constants · dead · elementary · { constants · strength · common · dead } · split
+
+The braces are gone through until nothing changes: sharing can make two branches equal, which then fold.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from shardstep.rules.ir import Phases, Program, verify
+from shardstep.rules.passes.common import share_common
+from shardstep.rules.passes.constants import fold_constants
+from shardstep.rules.passes.dead import drop_dead
+from shardstep.rules.passes.elementary import expand
+from shardstep.rules.passes.gradient import scale_gradient
+from shardstep.rules.passes.specialise import specialise
+from shardstep.rules.passes.split import split
+from shardstep.rules.passes.strength import reduce_strength
+
+Pass = Callable[[Program], Program]
+
+_SIMPLIFYING: tuple[tuple[str, Pass], ...] = (
+    ("constants", fold_constants),
+    ("strength", reduce_strength),
+    ("common", share_common),
+    ("dead", drop_dead),
+)
+
+
+def compile_phases(program: Program, truths: Sequence[bool], compute: torch.dtype) -> Phases:
+    """The phases of ``program`` for these `truths` of its conditions, in this compute dtype.
+
+    The gradient's scale is put in: the phases' scalars need a hyper-parameter ``grad_scale``.
+    """
+    phases = split(stages(program, truths, compute)[-1][1])
+    verify(phases.program, "split")
+    for phase in phases.phases:
+        verify(phase.body, "split")
+    return phases
+
+
+def stages(program: Program, truths: Sequence[bool], compute: torch.dtype) -> list[tuple[str, Program]]:
+    """(name of a pass, the program after it), from ("ir", the program given); passes that found nothing to do in a
+    later round are left out.
+    """
+    found = [("ir", verify(program))]
+
+    def run(name: str, change: Pass) -> None:
+        found.append((name, verify(change(found[-1][1]), name)))
+
+    run("gradient", scale_gradient)
+    run("specialise", lambda given: specialise(given, truths))
+    run("constants", fold_constants)
+    run("dead", drop_dead)
+    run("elementary", lambda given: expand(given, compute))
+    for name, change in _SIMPLIFYING:
+        run(name, change)
+    while again := _round(found[-1][1]):
+        found += again
+    return found
+
+
+def _round(program: Program) -> list[tuple[str, Program]]:
+    """The simplifying passes that still change something, and what they give."""
+    changed: list[tuple[str, Program]] = []
+    for name, change in _SIMPLIFYING:
+        after = verify(change(program), name)
+        if after != program:
+            changed.append((name, after))
+        program = after
+    return changed

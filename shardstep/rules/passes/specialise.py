@@ -1,0 +1,92 @@
+"""Branches: a rule is compiled once for each way that its ``if``s go, and a ``choose`` is the branch it takes.
+
+before, with the truth of %0 given as false
+            %0 = hyper maximize : bool uniform
+            %1 = load grad : real element
+            %2 = neg %1 : real element
+            %3 = choose %0 %2 %1 : real element
+            %4 = mul %3 %3 : real element
+after       %0 = hyper maximize : bool uniform
+            %1 = load grad : real element
+            %2 = neg %1 : real element
+            %3 = mul %1 %1 : real element
+
+The branch keeps its own shape: where it is one number for all elements, what is made of it may become so too.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
+from shardstep.errors import RuleError
+from shardstep.rules.ir import Builder, Instruction, Program
+from shardstep.rules.passes.rewrite import rewrite
+from shardstep.rules.scalars import compile_scalars, evaluate
+from shardstep.rules.scalars.wording import where
+
+TruthFunction: TypeAlias = Callable[[Mapping[str, object]], tuple[bool, ...]]
+"""Hyper-parameters by name, ``step`` among them -> the truth of each condition."""
+
+
+def conditions(program: Program) -> tuple[int, ...]:
+    """The values that decide a ``choose``, each once, in the order in which they are first used."""
+    found = (line.arguments[0] for line in program.instructions if line.operation == "choose")
+    return tuple(dict.fromkeys(found))
+
+
+def truths(program: Program, hypers: Mapping[str, object]) -> tuple[bool, ...]:
+    """Which way each condition goes. One that only an untaken branch asks for is not evaluated, and is False."""
+    found: dict[int, bool] = {}
+    seen: set[int] = set()
+    stack = [value for _, value in program.stores]
+    while stack:
+        number = stack.pop()
+        if number in seen:
+            continue
+        seen.add(number)
+        line = program.instructions[number]
+        if line.operation != "choose":
+            stack += line.arguments
+            continue
+        condition, yes, no = line.arguments
+        if condition not in found:
+            found[condition] = bool(evaluate(program, (condition,), hypers, {})[0])
+        stack.append(yes if found[condition] else no)
+    return tuple(found.get(condition, False) for condition in conditions(program))
+
+
+def compile_truths(program: Program) -> TruthFunction:
+    """`truths` of one program, fast enough to be asked at every step."""
+    function = compile_scalars(program, conditions(program))
+    seen: dict[tuple[float, ...], tuple[bool, ...]] = {}
+
+    def fast(hypers: Mapping[str, object]) -> tuple[bool, ...]:
+        try:
+            raw = function(hypers, {})
+        except RuleError:  # perhaps in an untaken branch
+            return truths(program, hypers)
+        if raw not in seen:
+            seen[raw] = truths(program, hypers)
+        return seen[raw]
+
+    return fast
+
+
+def specialise(program: Program, truths: Sequence[bool]) -> Program:
+    """The program for these truths of its `conditions`: it has no ``choose``.
+
+    Raises RuleError where a reduction is left with one number for all elements.
+    """
+    decided = dict(zip(conditions(program), truths, strict=True))
+
+    def change(builder: Builder, line: Instruction, arguments: tuple[int, ...]) -> int:
+        if line.operation == "choose":
+            return arguments[1] if decided[line.arguments[0]] else arguments[2]
+        try:
+            return builder.copy(line, arguments)
+        except TypeError as error:
+            raise RuleError(
+                f"{where(program, line)}: expected element values in {line.operation} "
+                f"whichever way the branches go, but {error}; compute it inside the branch"
+            ) from error
+
+    return rewrite(program, change)
