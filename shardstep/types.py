@@ -37,13 +37,15 @@ class Segment:
 class Batch:
     """Segments that are updated together: those of one flat space.
 
-    ``combine`` takes, for each segment, the float64 sums over the blocks of 1,024 places that it touches (one tensor
-    for each sum of the rule), and returns the same for the whole tensors that the segments are parts of, in order.
-    Every rank calls it equally often, also without segments.
+    ``updated``: (group, step) of every tensor of the space that is updated now, on this rank or another.
+    ``combine`` takes, for each segment, ``count`` sums over its blocks of 1,024 places (float64, one value for each
+    block that it touches; it may give fewer sums), and returns the same for the whole tensors that the segments are
+    parts of, in order. Every rank calls it equally often, also without segments.
     """
 
     segments: list[Segment]
-    combine: Callable[[list[list[Tensor]]], list[list[Tensor]]]
+    updated: list[tuple[int, int]]
+    combine: Callable[[list[list[Tensor]], int], list[list[Tensor]]]
 
 
 class FlatSource(Protocol):

@@ -7,7 +7,8 @@ from torch.optim.optimizer import ParamsT
 
 from shardstep.errors import ConfigError
 from shardstep.optim.optimizer import Optimizer, number
-from shardstep.rules.language import Elements, rule, sqrt, zeros
+from shardstep.rules.functions import fma, lerp, sqrt
+from shardstep.rules.language import Elements, rule, zeros
 
 
 @rule
@@ -25,7 +26,7 @@ def adamw(
 ) -> tuple[Elements, ...]:
     """Loshchilov & Hutter 2019 (arXiv 1711.05101), on the Adam of Kingma & Ba 2015 (arXiv 1412.6980).
 
-    With gradient g and step count t from 1, in torch's arrangement (the decay is scaled by lr)::
+    Rounded as torch's fused kernel rounds, but for its tail of a few elements. With gradient g and step count t from 1, in torch's arrangement (the decay is scaled by lr)::
 
         θ ← θ · (1 − lr · weight_decay)
         m ← β₁ m + (1 − β₁) g
@@ -33,8 +34,8 @@ def adamw(
         θ ← θ − lr / (1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + eps)
     """
     param = param * (1 - lr * weight_decay)
-    exp_avg = betas[0] * exp_avg + (1 - betas[0]) * grad
-    exp_avg_sq = betas[1] * exp_avg_sq + (1 - betas[1]) * grad * grad
+    exp_avg = lerp(exp_avg, grad, 1 - betas[0])
+    exp_avg_sq = fma((1 - betas[1]) * grad, grad, betas[1] * exp_avg_sq)
     denominator = sqrt(exp_avg_sq) / sqrt(1 - betas[1] ** step) + eps
     param = param - lr / (1 - betas[0] ** step) * exp_avg / denominator
     return param, exp_avg, exp_avg_sq

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT, StateDict
 
 from shardstep.errors import ConfigError, OwnershipError
-from shardstep.optim.loading import check_loaded, compute_dtype
+from shardstep.optim.states import check_loaded, compute_dtype, start_of
 from shardstep.rules import Rule
-from shardstep.rules.link import link
-from shardstep.types import FlatSource
+from shardstep.rules.compiled import compile_rule
+from shardstep.types import Batch, FlatSource, Segment
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -44,8 +44,10 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def state_names(self) -> tuple[str, ...]:
-        """The names of the rule's states, in order."""
-        return self.rule.states
+        """The names of the states that the rule has with the flags of any group, in order."""
+        compiled = compile_rule(self.rule)
+        used = {state.name for group in self.param_groups for state in compiled.states(group)}
+        return tuple(name for name in self.rule.states if name in used)
 
     def check_group(self, group: Mapping[str, Any], where: str) -> None:
         """Raise ConfigError if a hyper-parameter of ``group`` is out of range; ``where`` names the group."""
@@ -118,46 +120,55 @@ class Optimizer(torch.optim.Optimizer):
             if self._source is None:
                 self._step_alone()
             else:
-                self._step_segments(self._source)
+                compiled = compile_rule(self.rule)
+                for batch in self._source.batches(per_tensor=compiled.locality != "elementwise"):
+                    compiled.update(batch, self.param_groups)
         return loss
 
-    def _step_segments(self, source: FlatSource) -> None:
-        kernel = link(self.rule)
-        for batch in source.batches(per_tensor=False):
-            for run in batch.segments:
-                scalars = self._scalars(self.param_groups[run.group], run.step)
-                kernel(run.param, run.grad, run.state, scalars, run.grad_scale, run.low)
-
     def _step_alone(self) -> None:
+        segments, converted = list[Segment](), list[tuple[Tensor, Tensor]]()
         for index, group in enumerate(self.param_groups):
             for position, param in enumerate(group["params"]):
-                if param.grad is not None:
-                    if param.grad.layout is not torch.strided:
-                        raise ConfigError(
-                            f"expected a dense gradient at parameter group {index}, position {position}, got "
-                            f"{param.grad.layout}; build the layer with sparse=False"
-                        )
-                    self._update(param, group)
+                if param.grad is None:
+                    continue
+                if param.grad.layout is not torch.strided:
+                    raise ConfigError(
+                        f"expected a dense gradient at parameter group {index}, position {position}, got "
+                        f"{param.grad.layout}; build the layer with sparse=False"
+                    )
+                segments.append(self._segment(param, index, converted))
+        updated = [(segment.group, segment.step) for segment in segments]
+        compile_rule(self.rule).update(Batch(segments, updated, lambda sums, _: sums), self.param_groups)
+        for param, master in converted:
+            param.copy_(master)
 
-    def _update(self, param: Tensor, group: Mapping[str, Any]) -> None:
+    def _segment(self, param: Tensor, index: int, converted: list[tuple[Tensor, Tensor]]) -> Segment:
+        """One whole tensor; ``converted`` gains (param, master) if its new values must be copied back."""
         data, dtype = param.detach(), compute_dtype(param)
-        state = self.state[param]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            for name in self.rule.states:
-                state[name] = torch.zeros(param.shape, dtype=dtype, device=param.device)
+        state = self.state[param] or self._start(param, self.param_groups[index])
         state["step"] += 1
-        in_place = data.dtype == dtype and data.is_contiguous()
-        master = data if in_place else data.to(dtype, memory_format=torch.contiguous_format, copy=True)
-        flat_state = {name: state[name].view(-1) for name in self.rule.states}
-        scalars = self._scalars(group, int(state["step"]))
-        grad = cast(Tensor, param.grad).detach().reshape(-1)
-        link(self.rule)(master.view(-1), grad, flat_state, scalars, 1.0, None)
-        if not in_place:
-            data.copy_(master)
+        master = data
+        if data.dtype != dtype or not data.is_contiguous():
+            master = data.to(dtype, memory_format=torch.contiguous_format, copy=True)
+            converted.append((data, master))
+        return Segment(
+            group=index,
+            step=int(state["step"]),
+            param=master.view(-1),
+            grad=cast(Tensor, param.grad).detach().reshape(-1),
+            state={name: values.view(-1) for name, values in state.items() if name != "step"},
+            low=None,
+            grad_scale=1.0,
+            shape=tuple(param.shape),
+        )
 
-    def _scalars(self, group: Mapping[str, Any], step: int) -> dict[str, object]:
-        return {**{name: group[name] for name in self.rule.hyperparameters}, "step": step}
+    def _start(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The first state of ``param``, which is kept from now on."""
+        state = self.state[param]
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        for declared in compile_rule(self.rule).states(group):
+            state[declared.name] = start_of(declared, param)
+        return state
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients; with a source attached, ``p.grad`` is None afterwards in any case."""

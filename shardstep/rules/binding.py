@@ -1,14 +1,16 @@
-"""How a phase meets memory: which dtype each array is stored in, and how a compiled phase is called.
-
-Plain data and a protocol; nothing here computes.
+"""How a phase meets memory: which dtype each array is stored in, how a compiled phase is called, and what it may be
+called with. Nothing here computes; the checks are those whose neglect would give wrong numbers or touch other memory.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
+
+from shardstep.errors import ConfigError
+from shardstep.types import Segment
 
 
 @dataclass(frozen=True)
@@ -33,3 +35,32 @@ class PhaseKernel(Protocol):
         element 0. Returns, for each sum of the phase, the partials of the blocks of 1,024 global positions that the
         run touches, in order: float64 of shape (blocks,). The caller has checked the arrays.
         """
+
+
+_STORED: Final = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+
+
+def check_dtypes(segment: Segment) -> None:
+    """Raise ConfigError for dtypes that no kernel can be made for."""
+    compute = segment.param.dtype
+    if compute not in (torch.float32, torch.float64):
+        raise ConfigError(f"expected a float32 or float64 param, got {compute}; keep a float32 master of it")
+    if segment.grad.dtype not in _STORED:
+        raise ConfigError(f"expected a floating-point grad, got {segment.grad.dtype}; convert it")
+    for name, state in segment.state.items():
+        if state.dtype not in (compute, torch.bfloat16, torch.float16):
+            raise ConfigError(f"expected state {name!r} as {compute}, bfloat16 or float16, got {state.dtype}")
+    if segment.low is not None and segment.low.dtype not in (torch.bfloat16, torch.float16):
+        raise ConfigError(f"expected the copy of param in bfloat16 or float16, got {segment.low.dtype}")
+
+
+def check_arrays(segment: Segment) -> None:
+    """Raise ConfigError unless all arrays are contiguous, of one length and on one device."""
+    param, low = segment.param, segment.low
+    numel, device = param.numel(), param.device
+    for array in (param, segment.grad, *segment.state.values(), *(() if low is None else (low,))):
+        if array.dim() != 1 or array.numel() != numel or not array.is_contiguous() or array.device != device:
+            raise ConfigError(
+                f"expected flat contiguous arrays of {numel} elements on {device}, got one of shape "
+                f"{tuple(array.shape)} and strides {array.stride()} on {array.device}; pass flat views of one length"
+            )

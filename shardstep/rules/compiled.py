@@ -17,9 +17,8 @@ from torch import Tensor
 
 from shardstep.errors import ConfigError
 from shardstep.rules.backends import blocks, interpreter, llvm, triton
-from shardstep.rules.binding import Binding, PhaseKernel
+from shardstep.rules.binding import Binding, PhaseKernel, check_arrays, check_dtypes
 from shardstep.rules.ir import Phases, Program, State
-from shardstep.rules.kernel import check_arrays
 from shardstep.rules.language import Rule
 from shardstep.rules.locality import Locality, locality
 from shardstep.rules.lower import program_of
@@ -140,6 +139,7 @@ class CompiledRule:
         return job
 
     def _compile(self, segment: Segment, hypers: Hypers) -> _Variant:
+        check_dtypes(segment)
         phases = self._phases_for(hypers, segment.param.dtype)
         stored = {"param": segment.param, "grad": segment.grad, **segment.state}
         missing = [state.name for state in self.states(hypers) if state.name not in stored]

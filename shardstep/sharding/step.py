@@ -77,7 +77,8 @@ class Step:
             keys = self._count_steps(space, groups)
             runs = _tensors(space, keys) if per_tensor else _neighbours(space, keys)
             segments = [self._segment(space, gradient.wait(), run, scale) for run in runs]
-            yield Batch(segments, Combination(space, keys, self._group, self._gradients.step))
+            updated = [key for key in keys if key is not None]
+            yield Batch(segments, updated, Combination(space, keys, self._group, self._gradients.step))
             if gradient.taken:
                 self._ledger.give("gradients", gradient.values)
             space.free()  # whole from a forward without a backward, and no longer what the shards hold

@@ -24,7 +24,7 @@ class Halves:
         self.log = []
 
     def batches(self, *, per_tensor):
-        yield from (Batch([segment], list) for segment in self.segments())
+        yield from (Batch([s], [(s.group, s.step)], lambda sums, _: sums) for s in self.segments())
 
     def segments(self):
         for group, param in self.params:

@@ -177,22 +177,18 @@ def _rsqrt(write: _Writer, x: int) -> int:
 
 def _pow(write: _Writer, base: int, exponent: int) -> int:
     """exp(e log |b|), and by what the exponent is: its sign, whether there is any, and that x ** 0 is 1."""
-    zero, one = write.real(0.0), write.real(1.0)
+    zero, one, infinity = write.real(0.0), write.real(1.0), write.real(math.inf)
+    if write.is_host(base):  # by adding +0 it becomes an element: the host would refuse log(0), which is fine here
+        base = write("add", base, write("minimum", write("abs", exponent), zero))
     integral, odd = _is_integral_and_odd(write, exponent)
     size = write("abs", base)
-    logarithm = write("log", size) if write.is_host(size) else _log(write, size)
-    result = _exp(write, write("mul", exponent, logarithm))
-    result = write("mul", result, write("where", odd, _one_with_sign_of(write, base), one))
-    nan = write("fma", base, write.real(math.inf), write.real(math.inf))
-    negative = write("and", write("lt", base, zero), write("lt", size, write.real(math.inf)))
+    result = _exp(write, write("mul", exponent, _log(write, size)))
+    sign = write("from_bits", write("word_or", _sign_bit(write, base), write.word(write.form.word_of_power(0))))
+    result = write("mul", result, write("where", odd, sign, one))
+    negative = write("and", write("lt", base, zero), write("lt", size, infinity))
+    nan = write("fma", base, infinity, infinity)  # for all bases below 0
     result = write("where", write("and", negative, write("not", integral)), nan, result)
     return write("where", write("eq", exponent, zero), one, result)
-
-
-def _one_with_sign_of(write: _Writer, x: int) -> int:
-    if write.is_host(x):  # the host's arithmetic has no words
-        return write("where", write("lt", x, write.real(0.0)), write.real(-1.0), write.real(1.0))
-    return write("from_bits", write("word_or", _sign_bit(write, x), write.word(write.form.word_of_power(0))))
 
 
 def _is_integral_and_odd(write: _Writer, x: int) -> tuple[int, int]:
