@@ -20,7 +20,7 @@ from shardstep.errors import (
     SequenceError,
     ShardstepError,
 )
-from shardstep.rules import rule, zeros
+from shardstep.rules import inline, rule, state, zeros
 from shardstep.sharding import MicroBatch, Sharded, digest, gathered, shard
 
 __all__ = [
@@ -38,8 +38,10 @@ __all__ = [
     "ShardstepError",
     "digest",
     "gathered",
+    "inline",
     "optim",
     "rule",
     "shard",
+    "state",
     "zeros",
 ]

@@ -26,7 +26,8 @@ def adamw(
 ) -> tuple[Elements, ...]:
     """Loshchilov & Hutter 2019 (arXiv 1711.05101), on the Adam of Kingma & Ba 2015 (arXiv 1412.6980).
 
-    Rounded as torch's fused kernel rounds, but for its tail of a few elements. With gradient g and step count t from 1, in torch's arrangement (the decay is scaled by lr)::
+    Rounded as torch's fused kernel rounds all but the last few elements of an array. With gradient g and step
+    count t from 1, in torch's arrangement (the decay is scaled by lr)::
 
         θ ← θ · (1 − lr · weight_decay)
         m ← β₁ m + (1 − β₁) g

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, cast, overload
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT, StateDict
 
 from shardstep.errors import ConfigError, OwnershipError
@@ -141,6 +142,7 @@ class Optimizer(torch.optim.Optimizer):
         compile_rule(self.rule).update(Batch(segments, updated, lambda sums, _: sums), self.param_groups)
         for param, master in converted:
             param.copy_(master)
+        increment_version([segment.param for segment in segments])  # autograd cannot see what a kernel writes
 
     def _segment(self, param: Tensor, index: int, converted: list[tuple[Tensor, Tensor]]) -> Segment:
         """One whole tensor; ``converted`` gains (param, master) if its new values must be copied back."""
@@ -164,7 +166,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _start(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """The first state of ``param``, which is kept from now on."""
-        state = self.state[param]
+        state: dict[str, Tensor] = self.state[param]
         state["step"] = torch.zeros((), dtype=torch.float32)
         for declared in compile_rule(self.rule).states(group):
             state[declared.name] = start_of(declared, param)

@@ -23,7 +23,10 @@ def compute_dtype(param: Tensor) -> torch.dtype:
 
 def dtype_of(declared: State, param: Tensor) -> torch.dtype:
     """What a state of ``param`` is stored in."""
-    return compute_dtype(param) if declared.dtype is None else getattr(torch, declared.dtype)  # type: ignore[no-any-return]
+    if declared.dtype is None:
+        return compute_dtype(param)
+    dtype: torch.dtype = getattr(torch, declared.dtype)
+    return dtype
 
 
 def shape_of(declared: State, param: Tensor) -> tuple[int, ...]:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from shardstep.errors import ConfigError
-from shardstep.rules.backends import blocks, interpreter, llvm, triton
+from shardstep.rules.backends import blocks, llvm, reference, triton
 from shardstep.rules.binding import Binding, PhaseKernel, check_arrays, check_dtypes
-from shardstep.rules.ir import Phases, Program, State
+from shardstep.rules.ir import Phases, State
 from shardstep.rules.language import Rule
-from shardstep.rules.locality import Locality, locality
+from shardstep.rules.locality import locality
 from shardstep.rules.lower import program_of
 from shardstep.rules.passes import compile_phases, compile_truths
 from shardstep.rules.scalars import Scalars, compile_scalars
@@ -184,15 +184,16 @@ def _back_end(device: torch.device) -> Any:
     """``compile_phase`` of the fastest back end for a device."""
     if device.type == "cuda":
         return triton.compile_phase
-    return _llvm_or_reference if device.type == "cpu" else interpreter.compile_phase
+    return _llvm_or_reference if device.type == "cpu" else reference.compile_phase
 
 
 def _llvm_or_reference(phase: Any, binding: Binding) -> PhaseKernel:
     try:
         return llvm.compile_phase(phase, binding)
     except llvm.TargetUnsupported as error:
-        warnings.warn(f"updates run on the reference back end, which is slow and gives the same bits: {error}")
-        return interpreter.compile_phase(phase, binding)
+        text = f"updates run on the reference back end, which is slow and gives the same bits: {error}"
+        warnings.warn(text, stacklevel=2)
+        return reference.compile_phase(phase, binding)
 
 
 _COMPILED: "WeakKeyDictionary[Rule, CompiledRule]" = WeakKeyDictionary()

@@ -11,7 +11,7 @@ from shardstep.errors import RuleError
 
 def _outside(name: str) -> NoReturn:
     raise RuleError(
-        f"expected {name}() inside a function under @rule or @inline, whose text is compiled; got a call of it by Python"
+        f"expected {name}() inside a function under @rule or @inline, whose text is compiled; got a call by Python"
     )
 
 

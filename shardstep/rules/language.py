@@ -21,7 +21,6 @@ from shardstep.errors import RuleError
 from shardstep.rules.diagnostics import RuleErrors, diagnose
 from shardstep.rules.ir import Shape, State
 from shardstep.rules.source import argument_span
-from shardstep.rules.symbols import Symbol, operate
 
 Elements: TypeAlias = Any
 """Annotation for what stands for an array in a rule: one value per element."""
@@ -238,62 +237,3 @@ WORDS: Final[Mapping[str, tuple[str, ...]]] = types.MappingProxyType(
 ``fma`` is x · y + z rounded once; ``where`` chooses for each element. ``sum mean norm max_abs`` give one number for
 each tensor (norm: the root of the sum of squares), ``row_mean`` one for each row, ``col_mean`` one for each column.
 """
-
-
-def _apply(name: str, on_numbers: Callable[..., float], arguments: tuple[Any, ...]) -> Any:
-    if not any(isinstance(argument, Symbol) for argument in arguments):
-        return on_numbers(*arguments)
-    result = operate(name, *arguments)
-    if result is NotImplemented:
-        raise RuleError(f"expected numbers or element values in {name}(), got {arguments!r}")
-    return result
-
-
-def host_sign(x: float) -> float:
-    """-1, 0 or 1; 0 for NaN, as torch has it."""
-    return float((x > 0) - (x < 0))
-
-
-def sqrt(x: Any) -> Any:
-    """The square root, correctly rounded."""
-    return _apply("sqrt", math.sqrt, (x,))
-
-
-def absolute(x: Any) -> Any:
-    """The absolute value (``abs`` in a rule)."""
-    return _apply("abs", abs, (x,))
-
-
-def sign(x: Any) -> Any:
-    """-1, 0 or 1; 0 for NaN, as torch has it."""
-    return _apply("sign", host_sign, (x,))
-
-
-def minimum(x: Any, y: Any) -> Any:
-    """The smaller of two; NaN if either element is NaN; a zero result is +0."""
-    return _apply("minimum", min, (x, y))
-
-
-def maximum(x: Any, y: Any) -> Any:
-    """The larger of two; NaN if either element is NaN; a zero result is +0."""
-    return _apply("maximum", max, (x, y))
-
-
-FUNCTIONS: Final[Mapping[str, Callable[..., Any]]] = types.MappingProxyType(
-    {"sqrt": sqrt, "abs": absolute, "sign": sign, "minimum": minimum, "maximum": maximum}
-)
-"""The functions that a rule knows without importing them. They win over globals of the same name."""
-
-
-def _outside(name: str) -> Callable[..., Any]:
-    """What ``name`` is in Python, for those who import it so that their tools know it."""
-
-    def refused(*_: Any) -> Any:
-        raise RuleError(f"{name}() has a meaning inside a rule only; outside, use torch")
-
-    return refused
-
-
-rsqrt, exp, log, tanh = map(_outside, ("rsqrt", "exp", "log", "tanh"))
-clip, lerp, fma, where = map(_outside, ("clip", "lerp", "fma", "where"))
-mean, norm, max_abs, row_mean, col_mean = map(_outside, ("mean", "norm", "max_abs", "row_mean", "col_mean"))

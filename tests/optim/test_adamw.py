@@ -51,6 +51,23 @@ def test_float32_agrees_with_torch_within_a_few_ulps(hyper):
             assert ulps(mine.state[p][name], reference.state[q][name]) <= 4
 
 
+def test_it_has_the_bits_of_torchs_fused_kernel():
+    """In arrays of whole vectors; the last few elements of others are rounded otherwise in torch."""
+    generator = torch.Generator().manual_seed(7)
+    start = torch.randn(64, 100, generator=generator)
+    params = [nn.Parameter(start.clone()) for _ in range(2)]
+    ours = AdamW(params[:1], lr=1e-2, weight_decay=0.1)
+    theirs = torch.optim.AdamW(params[1:], lr=1e-2, weight_decay=0.1, fused=True)
+    for _ in range(10):
+        grad = torch.randn(start.shape, generator=generator)
+        for param, optimizer in zip(params, (ours, theirs), strict=True):
+            param.grad = grad.clone()
+            optimizer.step()
+    assert torch.equal(*params)
+    for name in ours.state_names:
+        assert torch.equal(ours.state[params[0]][name], theirs.state[params[1]][name])
+
+
 def test_float64_agrees_with_torch_to_1e_12():
     ours, theirs = params_of(torch.float64), params_of(torch.float64)
     mine, reference = AdamW(ours, **HYPER), torch.optim.AdamW(theirs, foreach=False, **HYPER)

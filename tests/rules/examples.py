@@ -1,5 +1,5 @@
 """Rules of every locality, as a user would write them."""
-# ruff: noqa: F821, SIM108, B008
+# ruff: noqa: F821, SIM108
 
 import math
 

@@ -160,7 +160,7 @@ def test_a_rule_too_long_or_too_deep_is_told_and_not_run_out():
 def test_types_are_told_for_each_name():
     assert to_text(check(adamw)).splitlines()[1:4] == [
         f"{line_of(adamw.function) + n}:4 {name}: real element"
-        for n, name in ((23, "exp_avg"), (24, "exp_avg_sq"), (25, "denominator"))
+        for n, name in ((24, "exp_avg"), (25, "exp_avg_sq"), (26, "denominator"))
     ]
 
 

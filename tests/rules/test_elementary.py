@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shardstep.rules import ir
-from shardstep.rules.backends.interpreter import run_whole
+from shardstep.rules.backends.reference import run_whole
 from shardstep.rules.passes.elementary import ELEMENTARY, expand
 from tests.rules.exact import same
 from tests.rules.programs import same_bits

@@ -1,10 +1,11 @@
 """What a rule's signature may be. What is said about one that may not, is in test_check."""
-# ruff: noqa: B008
+
+import inspect
 
 import pytest
 
 from shardstep.errors import RuleError
-from shardstep.rules import Rule, language, rule, zeros
+from shardstep.rules import Rule, functions, rule, zeros
 from shardstep.rules.diagnostics import RuleErrors
 from shardstep.rules.ir import State
 from shardstep.rules.language import WORDS, Inline, inline, state
@@ -162,6 +163,6 @@ def test_only_plain_functions_are_rules(other):
 
 def test_the_functions_can_be_imported_but_mean_nothing_outside_rules():
     for name in WORDS.keys() - {"abs", "sum"}:
-        assert callable(getattr(language, name))
-    with pytest.raises(RuleError, match="inside a rule only"):
-        language.where(True, 1.0, 2.0)
+        assert list(inspect.signature(getattr(functions, name)).parameters) == list(WORDS[name])
+    with pytest.raises(RuleError, match=r"where\(\) inside a function under @rule"):
+        functions.where(True, 1.0, 2.0)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from shardstep.errors import ConfigError, RuleError
-from shardstep.rules.backends import interpreter
+from shardstep.rules.backends import reference
 from shardstep.rules.backends.llvm import Row, TargetUnsupported, compile_phase, kernel, to_assembly, to_llvm
 from shardstep.rules.backends.llvm.row import cuts
 from shardstep.rules.binding import Binding
@@ -145,7 +145,7 @@ def copies(arrays):
 def run_both(phase, binding, arrays, scalars=(), target=None, offset=0):
     """On the reference and here: (arrays, low, partials) of each."""
     results = []
-    for made in (interpreter.compile_phase(phase, binding), compile_phase(phase, binding, target=target)):
+    for made in (reference.compile_phase(phase, binding), compile_phase(phase, binding, target=target)):
         mine = copies(arrays)
         numel = next(iter(mine.values())).numel()
         low = None if binding.low is None else torch.zeros(numel, dtype=binding.low)
@@ -310,9 +310,9 @@ def test_adamw_is_the_reference_s_and_every_target_s(compute, mixed, target):
 def test_heads_and_tails_touch_their_elements_only(numel, shift):
     """Wherever the low copy begins in its cache line."""
     binding = adamw_binding(mixed=True)
-    made, reference = compile_phase(adamw(), binding), interpreter.compile_phase(adamw(), binding)
+    made, meant = compile_phase(adamw(), binding), reference.compile_phase(adamw(), binding)
     results = []
-    for one in (made, reference):
+    for one in (made, meant):
         whole = adamw_arrays(200, binding)
         low = torch.full((200,), 7.0, dtype=BF16)
         one({k: a[shift : shift + numel] for k, a in whole.items()}, SCALARS, low=low[shift : shift + numel])

@@ -1,5 +1,5 @@
 """What rules become: the text of their programs, and that it computes what the function itself computes in Python."""
-# ruff: noqa: F821, B008
+# ruff: noqa: F821
 
 import itertools
 import types

@@ -1,294 +1,538 @@
-"""The bits of the reference back end: against numpy one operation at a time, and against any way to cut."""
+"""The meaning of the language: each operation against rational arithmetic, reductions against loops, any cut."""
 
+import math
+import operator
 import random
-import threading
+from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from shardstep.errors import ConfigError
-from shardstep.optim.adamw import adamw
-from shardstep.rules import rule, zeros
-from shardstep.rules.backends import reference
-from shardstep.rules.backends.reference import compile_program
-from shardstep.rules.backends.slots import assign_slots
-from shardstep.rules.host import evaluate
-from shardstep.rules.link import link
-from shardstep.rules.program import Constant, Instruction, Program, Uniform, Value
+from shardstep.errors import RuleError
+from shardstep.rules import ir
+from shardstep.rules.backends import blocks, reference
+from shardstep.rules.backends.reference import compile_phase, run_whole
+from shardstep.rules.binding import Binding
+from tests.rules.exact import root, rounded, same, special_values
+from tests.rules.programs import SCALARS, phase_of, random_array, random_arrays, random_program, same_bits
 
-SCALARS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "step": 3}
-NUMPY = {
-    "add": np.add,
-    "sub": np.subtract,
-    "mul": np.multiply,
-    "div": np.divide,
-    "neg": np.negative,
-    "sqrt": np.sqrt,
-    "abs": np.abs,
-    "sign": lambda x: (x > 0).astype(x.dtype) - (x < 0).astype(x.dtype),
-    "minimum": lambda x, y: np.minimum(x, y) + x.dtype.type(0),
-    "maximum": lambda x, y: np.maximum(x, y) + x.dtype.type(0),
+COMPUTE = (torch.float32, torch.float64)
+NUMBERS = (0.9, -1e-3, 2.5)
+HYPERS = dict(zip(SCALARS, NUMBERS, strict=True))
+
+
+@pytest.fixture(autouse=True)
+def _silence():
+    with np.errstate(all="ignore"):
+        yield
+
+
+def parse(body, states=(), hypers=()):
+    """A program from its lines without numbers at the left; kinds and shapes are written out."""
+    lines = [f"state {state}" for state in states] + [f"hyper {hyper}" for hyper in hypers]
+    instructions = [line for line in body.strip().splitlines() if not line.strip().startswith("store")]
+    lines += [f"%{i} = {line.strip()}" for i, line in enumerate(instructions)]
+    lines += [line.strip() for line in body.strip().splitlines() if line.strip().startswith("store")]
+    return ir.verify(ir.parse_text("\n".join(["rule r", *lines])))
+
+
+def run_one(operation, operands, dtype):
+    """One operation on arrays called param, grad, c."""
+    program = ir.Program("one", (ir.State("c"),), (), (), ())
+    build = ir.Builder(program.shapes)
+    numbers = [build.load(name) for name in ("param", "grad", "c")[: len(operands)]]
+    result = build.emit(operation, *numbers)
+    if build.type_of(result).kind == "bool":
+        result = build.emit("where", result, build.constant(1.0), build.constant(0.0))
+    program = ir.verify(program.with_instructions(build.instructions, [("param", result)]))
+    arrays = {name: torch.from_numpy(a) for name, a in zip(("param", "grad", "c"), operands, strict=False)}
+    return run_whole(program, arrays, {}, compute=dtype)["param"].numpy()
+
+
+def exact_quotient(a, b):
+    return Fraction(a) / Fraction(b)
+
+
+EXACT = {
+    "add": lambda a, b: Fraction(a) + Fraction(b),
+    "sub": lambda a, b: Fraction(a) - Fraction(b),
+    "mul": lambda a, b: Fraction(a) * Fraction(b),
+    "div": exact_quotient,
 }
 
 
-def numpy_run(program, arrays, scalars):
-    """The program in numpy, in whole arrays, one value after another."""
-    dtype = arrays[0].dtype.type
-    uniforms = [np.full(1, evaluate(u, scalars)).astype(dtype) for u in program.uniforms]
-    values = [array.copy() for array in arrays]
-    with np.errstate(all="ignore"):
-        for line in program.instructions:
-            operands = [uniforms[a.index] if isinstance(a, Uniform) else values[a.index] for a in line.arguments]
-            values.append(NUMPY[line.operation](*operands))
-    return [values[output] for output in program.outputs]
+@pytest.mark.parametrize("dtype", COMPUTE)
+@pytest.mark.parametrize("operation", list(EXACT))
+def test_arithmetic_is_rounded_once(operation, dtype):
+    values = special_values(dtype)
+    a, b = (grid.reshape(-1).copy() for grid in np.meshgrid(values, values))
+    for x, y, got in zip(a.tolist(), b.tolist(), run_one(operation, [a, b], dtype).tolist(), strict=True):
+        if operation == "div" and y == 0:
+            want = math.nan if x == 0 else math.copysign(math.inf, math.copysign(1, x) * math.copysign(1, y))
+            assert same(got, want)
+            continue
+        want = EXACT[operation](x, y)
+        if want:
+            assert same(got, rounded(want, dtype)), (x, y)
+        else:
+            assert same(got, {"add": x + y, "sub": x - y, "mul": x * y}.get(operation) or got)
+            assert got == 0
 
 
-def same_bits(got, want):
-    """Equal bit for bit, except that one NaN is as good as another."""
-    bits = {4: np.uint32, 8: np.uint64}[got.dtype.itemsize]
-    return got.dtype == want.dtype and bool(
-        np.all((got.view(bits) == want.view(bits)) | (np.isnan(got) & np.isnan(want)))
+@pytest.mark.parametrize("dtype", COMPUTE)
+def test_fma_is_rounded_once(dtype):
+    values = random_array(300, dtype, 4).numpy()
+    rows = [values, np.roll(values, 1).copy(), np.roll(values, 2).copy()]
+    for x, y, z, got in zip(*(row.tolist() for row in (*rows, run_one("fma", rows, dtype))), strict=True):
+        if all(map(math.isfinite, (x, y, z))):
+            assert got == rounded(Fraction(x) * Fraction(y) + Fraction(z), dtype)
+
+
+@pytest.mark.parametrize("dtype", COMPUTE)
+def test_the_square_root_is_rounded_once(dtype):
+    values = np.abs(random_array(400, dtype, 5).numpy())
+    for x, got in zip(values.tolist(), run_one("sqrt", [values], dtype).tolist(), strict=True):
+        if math.isfinite(x) and x > 0:
+            assert got == root(x, dtype)
+    negative = run_one("sqrt", [np.array([-1.0, -0.0, math.inf], values.dtype)], dtype)
+    assert [same(a, b) for a, b in zip(negative.tolist(), [math.nan, -0.0, math.inf], strict=True)] == [True] * 3
+
+
+def larger(a, b):
+    return math.nan if math.isnan(a) or math.isnan(b) else (max(a, b) or 0.0)
+
+
+def smaller(a, b):
+    return math.nan if math.isnan(a) or math.isnan(b) else (min(a, b) or 0.0)
+
+
+WITH_SPECIAL = {
+    "minimum": smaller,
+    "maximum": larger,
+    **{name: getattr(operator, name) for name in ("lt", "le", "gt", "ge", "eq", "ne")},
+}
+
+
+@pytest.mark.parametrize("dtype", COMPUTE)
+@pytest.mark.parametrize("operation", list(WITH_SPECIAL))
+def test_comparisons_and_extremes_of_nan_zeros_and_infinities(operation, dtype):
+    values = np.concatenate([special_values(dtype), np.array([math.nan, math.inf, -math.inf])])
+    values = values.astype(special_values(dtype).dtype)
+    a, b = (grid.reshape(-1).copy() for grid in np.meshgrid(values, values))
+    for x, y, got in zip(a.tolist(), b.tolist(), run_one(operation, [a, b], dtype).tolist(), strict=True):
+        assert same(got, float(WITH_SPECIAL[operation](x, y))), (x, y)
+
+
+@pytest.mark.parametrize("dtype", COMPUTE)
+def test_signs(dtype):
+    values = np.array([3.0, -1e-40, 0.0, -0.0, math.nan, -math.inf]).astype(special_values(dtype).dtype)
+    wanted = {
+        "sign": [1.0, -1.0, 0.0, 0.0, 0.0, -1.0],
+        "neg": [-3.0, -values[1], -0.0, 0.0, math.nan, math.inf],
+        "abs": [3.0, -values[1], 0.0, 0.0, math.nan, math.inf],
+    }
+    for operation, want in wanted.items():
+        got = run_one(operation, [values], dtype).tolist()
+        assert all(same(x, float(y)) for x, y in zip(got, want, strict=True)), (operation, got)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 32), (torch.float64, 64)])
+def test_words_wrap_around(dtype, width):
+    program = parse(
+        """load grad : real element
+        bits %0 : word element
+        const 3000000019 : word uniform
+        word_mul %1 %2 : word element
+        word_add %3 %2 : word element
+        word_shl 7 %4 : word element
+        word_shr 3 %5 : word element
+        word_xor %6 %1 : word element
+        word_sub %2 %7 : word element
+        word_and %8 %4 : word element
+        word_or %9 %6 : word element
+        from_bits %10 : real element
+        store param %11"""
     )
+    values = special_values(dtype)
+    got = run_whole(program, {"param": torch.from_numpy(values), "grad": torch.from_numpy(values)}, {}, compute=dtype)
+    unsigned, mask = np.dtype(f"u{width // 8}"), 2**width - 1
+    for x, result in zip(values.view(unsigned).tolist(), got["param"].numpy().view(unsigned).tolist(), strict=True):
+        k = 3000000019
+        added = (x * k + k) & mask
+        mixed = ((added << 7) & mask) >> 3
+        want = (((k - (mixed ^ x)) & mask) & added) | mixed
+        assert result == want or np.isnan(np.array([want], unsigned).view(values.dtype)[0])
 
 
-def arrays_of(numel, count, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    scale = torch.logspace(-20, 3, max(numel, 1), dtype=torch.float64)[:numel]
-    return [(torch.randn(numel, generator=generator).double() * scale).to(dtype) for _ in range(count)]
+@pytest.mark.parametrize("dtype", COMPUTE)
+def test_the_index_is_the_global_position_and_wraps_in_float32(dtype):
+    program = parse("index : word element\nfrom_bits %0 : real element\nstore param %1")
+    param = torch.zeros(3, 2, dtype=dtype)
+    got = run_whole(program, {"param": param}, {}, compute=dtype, offset=2**32 - 2)["param"].numpy().reshape(-1)
+    words = got.view(np.uint32 if dtype == torch.float32 else np.uint64).tolist()
+    limit = 2**32 if dtype == torch.float32 else 2**64
+    assert words == [(2**32 - 2 + i) % limit for i in range(6)]
 
 
-def adamw_arrays(numel, seed=0, dtype=torch.float32):
-    param, grad, first, second = arrays_of(numel, 4, seed, dtype)
-    return param, grad, {"exp_avg": first, "exp_avg_sq": second.square()}
+def test_uniform_values_are_float64_until_they_meet_an_element():
+    program = parse(
+        """hyper lr : real uniform
+        const 1.0 : real uniform
+        add %0 %1 : real uniform
+        sub %2 %1 : real uniform
+        load grad : real element
+        mul %3 %4 : real element
+        store param %5""",
+        hypers=["lr"],
+    )
+    grad = torch.ones(2)
+    got = run_whole(program, {"param": grad, "grad": grad}, {"lr": 1e-9}, compute=torch.float32)["param"]
+    assert got.tolist() == [float(np.float32((1e-9 + 1.0) - 1.0))] * 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("numel", [0, 1, 17, 65_536, 65_537, 200_003])
-def test_adamw_is_each_operation_rounded_once(dtype, numel):
-    param, grad, states = adamw_arrays(numel, dtype=dtype)
-    program = link(adamw)._program
-    want = numpy_run(program, [a.numpy() for a in (param, grad, *states.values())], SCALARS)
-    kept = grad.clone()
-    link(adamw)(param, grad, states, SCALARS, 1.0, None)
-    for got, expected in zip((param, *states.values()), want, strict=True):
-        assert same_bits(got.numpy(), expected)
-    assert torch.equal(grad, kept)
+def test_the_host_has_the_functions_of_the_math_module():
+    program = parse(
+        """hyper betas 1 : real uniform
+        hyper step : real uniform
+        pow %0 %1 : real uniform
+        exp %2 : real uniform
+        log %3 : real uniform
+        tanh %4 : real uniform
+        rsqrt %5 : real uniform
+        store state %6
+        """,
+        states=["state tensor = 0.0"],
+        hypers=["betas 2", "step"],
+    )
+    arrays = {"param": torch.ones(2, dtype=torch.float64), "state": torch.zeros((), dtype=torch.float64)}
+    hypers = {"betas": (0.9, 0.999), "step": torch.tensor(3.0)}
+    got = run_whole(program, arrays, hypers, compute=torch.float64)["state"]
+    assert got.item() == 1 / math.sqrt(math.tanh(math.log(math.exp(math.pow(0.999, 3)))))
 
 
-def test_the_square_root_is_correctly_rounded():
-    @rule
-    def root(param, grad):
-        return sqrt(grad)  # noqa: F821
-
-    bits = torch.randint(0, 0x7F800000, (300_001,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
-    grad = bits.view(torch.float32)
-    for target in ("cpu", "elsewhere"):
-        kernel = compile_program(link(root)._program)
-        kernel._steps["cpu"] = kernel._steps[target]
-        param = torch.empty_like(grad)
-        kernel(param, grad, {}, {}, 1.0, None)
-        assert torch.equal(param, grad.double().sqrt().float())
-    assert not torch.equal(torch.sqrt(grad), param), "torch.sqrt has become exact: the numpy route may go"
-
-
-def cut_at(places, tensors):
-    edges = [0, *sorted(places), tensors[0].numel()]
-    for low, high in pairwise(edges):
-        yield [tensor[low:high] for tensor in tensors]
+def test_tensor_values_follow_ieee_where_python_would_raise():
+    program = parse(
+        """load grad : real element
+        sum %0 : real tensor
+        log %1 : real tensor
+        exp %0 : real element
+        div %1 %1 : real tensor
+        store log %2
+        store ratio %4""",
+        states=["log tensor = 0.0", "ratio tensor = 0.0"],
+    )
+    zeros = torch.zeros(2)
+    arrays = {"param": zeros, "grad": zeros, "log": torch.zeros(1), "ratio": torch.zeros(1)}
+    got = run_whole(program, arrays, {}, compute=torch.float32)
+    assert got["log"].tolist() == [-math.inf]
+    assert math.isnan(got["ratio"].item())
 
 
-@pytest.mark.parametrize("mode", ["plain", "bf16 grad and low, scaled", "float64"])
-def test_no_bit_depends_on_where_the_arrays_are_cut(mode, monkeypatch):
-    monkeypatch.setattr(reference, "CPU_TILE", 1000)  # so that tiles end inside the pieces too
-    monkeypatch.setattr(reference, "_SCRATCH", reference._Scratch())
-    dtype = torch.float64 if mode == "float64" else torch.float32
-    numel, chance = 10_007, random.Random(5)
-    low_mode = mode.startswith("bf16")
-    scale = 0.37 if low_mode else 1.0
-    param, grad, states = adamw_arrays(numel, dtype=dtype)
-    if low_mode:
-        grad = grad.bfloat16()
-    low = torch.empty(numel, dtype=torch.bfloat16)
-    start = [param, grad, *states.values(), low]
-
-    def run(places):
-        tensors = [t.clone() for t in start]
-        for p, g, first, second, out in cut_at(places, tensors):
-            pieces = {"exp_avg": first, "exp_avg_sq": second}
-            link(adamw)(p, g, pieces, SCALARS, scale, out if low_mode else None)
-        return tensors[:-1] + (tensors[-1:] if low_mode else [])
-
-    whole = run([])
-    for _ in range(200):
-        places = [chance.randrange(numel + 1) for _ in range(chance.choice((1, 2, 7, 30)))]
-        for got, want in zip(run(places), whole, strict=True):
-            assert torch.equal(got, want), places
+ONE_OVER_DECAY = """hyper decay : real uniform
+    const 0.0 : real uniform
+    eq %0 %1 : bool uniform
+    const 1.0 : real uniform
+    div %3 %0 : real uniform @ 12:4
+    choose %2 %3 %4 : real uniform
+    load grad : real element
+    mul %6 {factor} : real element
+    store param %7"""
 
 
-def test_zero_against_minus_zero_does_not_depend_on_the_position():
-    @rule
-    def extremes(param, grad, small=zeros, large=zeros):
-        return param, minimum(param, grad), maximum(param, grad)  # noqa: F821
-
-    for numel in range(1, 70):
-        param, grad = torch.zeros(numel), torch.full((numel,), -0.0)
-        states = {"small": torch.ones(numel), "large": torch.ones(numel)}
-        link(extremes)(param, grad, states, {}, 1.0, None)
-        assert not any(np.signbit(state.numpy()).any() for state in states.values())
+def test_a_per_step_scalar_without_a_value_is_refused_with_its_line():
+    grad = torch.ones(2)
+    program = parse(ONE_OVER_DECAY.format(factor="%4"), hypers=["decay"])
+    with pytest.raises(RuleError, match=r"line 12.*div\(1.0, 0.0\) to have a value, got inf with decay=0.0"):
+        run_whole(program, {"param": grad, "grad": grad}, {"decay": 0.0}, compute=torch.float32)
 
 
-def random_program(chance):
-    states = chance.randrange(4)
-    inputs = 2 + states
-    uniforms = tuple(Constant(chance.uniform(-2, 2)) for _ in range(2))
-    lines = []
-    for index in range(chance.randrange(14)):
-        operation = chance.choice(list(NUMPY))
-        values = [Value(chance.randrange(inputs + index)) for _ in range(2)]
-        if operation in ("neg", "sqrt", "abs", "sign"):
-            values = values[:1]
-        elif chance.random() < 0.3:
-            values[chance.randrange(2)] = Uniform(chance.randrange(2))
-        lines.append(Instruction(operation, tuple(values)))
-    outputs = tuple(chance.randrange(inputs + len(lines)) for _ in range(1 + states))
-    return Program("random", tuple(f"s{i}" for i in range(states)), uniforms, tuple(lines), outputs)
+def test_a_branch_that_is_not_chosen_may_have_none():
+    grad = torch.full((2,), 3.0)
+    program = parse(ONE_OVER_DECAY.format(factor="%5"), hypers=["decay"])
+    for decay, want in ((0.0, 3.0), (0.5, 6.0)):
+        got = run_whole(program, {"param": grad, "grad": grad}, {"decay": decay}, compute=torch.float32)
+        assert got["param"].tolist() == [want] * 2
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_slots_never_lose_a_value(seed):
-    chance = random.Random(seed)
-    for _ in range(100):
-        program = random_program(chance)
-        arrays = [torch.randn(37) for _ in range(program.inputs)]
-        want = numpy_run(program, [a.numpy() for a in arrays], {})
-        states = dict(zip(program.states, arrays[2:], strict=True))
-        compile_program(program)(arrays[0], arrays[1], states, {}, 1.0, None)
-        for got, expected in zip((arrays[0], *arrays[2:]), want, strict=True):
-            assert same_bits(got.numpy(), expected), str(program)
+def wide_spread(numel):
+    """Numbers whose sum depends on the order."""
+    rng = np.random.default_rng(1)
+    return rng.standard_normal(numel) * 10.0 ** rng.integers(-6, 6, numel)
 
 
-def test_adamw_needs_two_registers_and_no_copy():
-    slots = assign_slots(link(adamw)._program)
-    assert slots.registers == 2
-    assert "copy" not in [line.operation for line in slots.operations]
+def sum_by_hand(values, offset):
+    """The definition, in loops."""
+    lanes = {}
+    for i, value in enumerate(values):
+        lane = lanes.setdefault((offset + i) // 1024, [0.0] * 16)
+        lane[(offset + i) % 16] += float(value)
+    partials = []
+    for block in sorted(lanes):
+        lane = lanes[block]
+        for width in (8, 4, 2, 1):
+            lane = [lane[i] + lane[i + width] for i in range(width)]
+        partials.append(lane[0])
+    return partials
 
 
-def test_a_state_may_keep_the_gradient_and_arrays_may_swap():
-    @rule
-    def swap(param, grad, previous=zeros, other=zeros):
-        return other, grad, param
-
-    param, grad, previous, other = (torch.full((5,), float(i)) for i in range(4))
-    link(swap)(param, grad, {"previous": previous, "other": other}, {}, 0.5, None)
-    assert [t[0].item() for t in (param, grad, previous, other)] == [3.0, 1.0, 0.5, 0.0]
+def tree_by_hand(parts):
+    while len(parts) > 1:
+        pairs = [parts[i] + parts[i + 1] for i in range(0, len(parts) - 1, 2)]
+        parts = pairs + parts[len(pairs) * 2 :]
+    return parts[0]
 
 
-@rule
-def take_grad(param, grad):
-    return grad
+@pytest.mark.parametrize("offset", [0, 5, 1023, 3000])
+@pytest.mark.parametrize("numel", [1, 16, 1024, 5000])
+def test_a_sum_goes_by_lanes_blocks_and_a_tree(numel, offset):
+    values = wide_spread(numel)
+    partials = blocks.partials("sum", values, offset)
+    assert partials.tolist() == sum_by_hand(values, offset)
+    assert blocks.reduce("sum", values, offset) == tree_by_hand(sum_by_hand(values, offset))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("scale", [1.0, 1 / 3])
-def test_the_gradient_is_converted_then_scaled_and_left_alone(dtype, scale):
-    grad = torch.randn(70_001).to(dtype)
-    kept, param = grad.clone(), torch.empty(70_001)
-    link(take_grad)(param, grad, {}, {}, scale, None)
-    assert torch.equal(param, grad.float() * torch.tensor(scale))
-    assert torch.equal(grad, kept)
+@pytest.mark.parametrize("count", range(1, 12))
+def test_the_tree_pairs_neighbours_and_moves_an_odd_last_one_up(count):
+    for parts in wide_spread(50 * count).reshape(50, count):
+        assert blocks.combine("sum", parts) == tree_by_hand(parts.tolist())
 
 
-def to_bfloat16(x):
-    """Round to nearest even by integer arithmetic; None where the answer is some NaN."""
-    bits = x.numpy().view(np.uint32).astype(np.uint64)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return rounded, np.isnan(x.numpy())
+def test_sums_and_maxima_of_nothing_of_zeros_and_of_nan():
+    assert blocks.partials("sum", np.zeros(0), 7).shape == (0,)
+    assert same(float(blocks.reduce("sum", np.array([-0.0, -0.0]))), 0.0)
+    assert same(float(blocks.reduce("max", np.array([-0.0, -1.0]))), 0.0)
+    assert blocks.reduce("max", np.array([-3.0, -2.0]), 5) == -2.0
+    assert math.isnan(blocks.reduce("max", np.array([1.0, math.nan, 2.0])))
 
 
-@pytest.mark.parametrize("numel", [*range(1, 36), 65_535, 65_537])
-def test_low_is_rounded_to_nearest_even(numel):
-    chance = np.random.default_rng(numel)
-    bits = chance.integers(0, 2**32, numel, dtype=np.uint32)
-    bits[::5] &= 0x807FFFFF  # denormals and zeros
-    bits[1::5] = (bits[1::5] & 0xFFFF0000) | 0x8000  # ties
-    bits[4::25] = chance.choice(np.array([0x7F800000, 0xFF800000, 0x7F7FFFFF, 0x7FC00001], np.uint32))
-    grad = torch.from_numpy(bits.view(np.float32))
-    want, nan = to_bfloat16(grad)
-    param, low = torch.empty(numel), torch.empty(numel, dtype=torch.bfloat16)
-    link(take_grad)(param, grad, {}, {}, 1.0, low)
-    got = low.view(torch.int16).numpy().view(np.uint16)
-    assert np.array_equal(got[~nan], want[~nan])
-    assert low.isnan().numpy()[nan].all()
-
-    half = torch.empty(numel, dtype=torch.float16)
-    link(take_grad)(param, grad, {}, {}, 1.0, half)
-    with np.errstate(over="ignore"):
-        assert np.array_equal(half.numpy(), grad.numpy().astype(np.float16), equal_nan=True)
-
-
-def test_threads_do_not_share_scratch():
-    starts = [adamw_arrays(90_001, seed) for seed in range(4)]
-    wanted = []
-    for param, grad, states in starts:
-        copy = param.clone()
-        link(adamw)(copy, grad, {k: v.clone() for k, v in states.items()}, SCALARS, 0.5, None)
-        wanted.append(copy)
-    threads = [
-        threading.Thread(target=link(adamw), args=(param, grad, states, SCALARS, 0.5, None))
-        for param, grad, states in starts
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for (param, _, _), want in zip(starts, wanted, strict=True):
-        assert torch.equal(param, want)
+@pytest.mark.parametrize("offset", [0, 1000])
+@pytest.mark.parametrize("shape", [(5, 7), (3, 2500), (40, 1)])
+def test_row_and_column_sums(shape, offset, monkeypatch):
+    monkeypatch.setattr(blocks, "_ROW_SCRATCH", 4096)  # so that rows go in several groups
+    program = parse(
+        """load grad : real element
+        row_sum %0 : real row
+        column_sum %0 : real column
+        store rows %1
+        store columns %2""",
+        states=["rows row = 0.0", "columns column = 0.0"],
+    )
+    grad = torch.from_numpy(wide_spread(shape[0] * shape[1])).reshape(shape)
+    zeros = torch.zeros(max(shape), dtype=torch.float64)
+    arrays = {"param": grad, "grad": grad, "rows": zeros[: shape[0]], "columns": zeros[: shape[1]]}
+    got = run_whole(program, arrays, {}, compute=torch.float64, offset=offset)
+    rows = [tree_by_hand(sum_by_hand(row, offset + i * shape[1])) for i, row in enumerate(grad.tolist())]
+    columns = [tree_by_hand(column) for column in grad.T.tolist()]
+    assert got["rows"].tolist() == rows
+    assert got["columns"].tolist() == columns
 
 
-def test_a_scalar_too_large_for_float32_is_infinite():
-    @rule
-    def large(param, grad, *, lr=1e300):
-        return param + lr * grad
-
-    param = torch.zeros(3)
-    link(large)(param, torch.ones(3), {}, {"lr": 1e300}, 1.0, None)
-    assert param.isinf().all()
-
-
-def test_the_root_of_a_negative_number_is_a_quiet_nan():
-    @rule
-    def root(param, grad):
-        return sqrt(grad)  # noqa: F821
-
-    param = torch.zeros(3)
-    link(root)(param, torch.tensor([-1.0, 4.0, float("nan")]), {}, {}, 1.0, None)
-    assert param.isnan().tolist() == [True, False, True]
+@pytest.mark.parametrize("offset", [0, 5, 100, 333, 1000])
+def test_a_sum_of_elements_goes_by_global_positions_and_a_sum_of_rows_by_their_own(offset):
+    program = parse(
+        """load grad : real element
+        load r : real row
+        sum %0 : real tensor
+        sum %1 : real tensor
+        store a %2
+        store b %3""",
+        states=["r row = 0.0", "a tensor = 0.0", "b tensor = 0.0"],
+    )
+    grad, one = torch.from_numpy(wide_spread(2500 * 3)).reshape(2500, 3), torch.zeros(1, dtype=torch.float64)
+    arrays = {"param": grad, "grad": grad, "r": grad[:, 0], "a": one, "b": one}
+    got = run_whole(program, arrays, {}, compute=torch.float64, offset=offset)
+    assert got["a"].item() == tree_by_hand(sum_by_hand(grad.reshape(-1).tolist(), offset))
+    assert got["b"].item() == tree_by_hand(sum_by_hand(grad[:, 0].tolist(), 0))
 
 
-def test_a_rule_is_compiled_once():
-    assert link(adamw) is link(adamw)
+def test_rows_and_columns_join_to_elements_and_fill_arrays():
+    program = parse(
+        """load r : real row
+        load c : real column
+        mul %0 %1 : real element
+        add %0 %0 : real row
+        sum %0 : real tensor
+        numel : real tensor
+        rows : real tensor
+        columns : real tensor
+        fma %6 %7 %5 : real tensor
+        store param %2
+        store m %3
+        store total %4
+        store counts %8""",
+        states=["r row = 0.0", "c column = 0.0", "m element = 0.0", "total tensor = 0.0", "counts tensor = 0.0"],
+    )
+    r, c = torch.tensor([1.0, 2.0]), torch.arange(6.0)
+    arrays = {"param": torch.zeros(2, 3, 2), "r": r, "c": c, "m": torch.zeros(2, 3, 2)}
+    arrays |= {"total": torch.zeros(()), "counts": torch.zeros(1)}
+    got = run_whole(program, arrays, {}, compute=torch.float32)
+    assert got["param"].tolist() == torch.outer(r, c).reshape(2, 3, 2).tolist()
+    assert got["m"].tolist() == (2 * r).reshape(2, 1, 1).expand(2, 3, 2).tolist()
+    assert got["total"].shape == ()
+    assert got["total"].item() == 3.0
+    assert got["counts"].tolist() == [24.0]
 
 
-def test_arrays_that_would_give_wrong_numbers_are_refused():
-    n = 8
-    ok, state = torch.zeros(n), {"exp_avg": torch.zeros(n), "exp_avg_sq": torch.zeros(n)}
-    cases = [
-        ((ok.bfloat16(), ok, state, None), "float32 or float64 param"),
-        ((ok, torch.zeros(n + 1), state, None), "grad to be contiguous of shape"),
-        ((ok, torch.zeros(2 * n)[::2], state, None), "grad to be contiguous of shape"),
-        ((ok, torch.zeros(n, device="meta"), state, None), "grad on cpu like param"),
-        ((ok, torch.zeros(n, dtype=torch.int32), state, None), "grad as floating point"),
-        (
-            (ok, ok.clone(), {**state, "exp_avg": torch.zeros(n, dtype=torch.float64)}, None),
-            "state 'exp_avg' as",
-        ),
-        ((ok, ok.clone(), {"exp_avg": state["exp_avg"]}, None), "expected the states"),
-        ((ok.view(2, 4), ok, state, None), "param to be contiguous of shape"),
-        ((ok, ok.clone(), state, torch.zeros(n, 1, dtype=torch.bfloat16)), "low to be contiguous"),
-    ]
-    for (param, grad, states, low), said in cases:
-        with pytest.raises(ConfigError) as caught:
-            link(adamw)(param, grad, states, SCALARS, 1.0, low)
-        assert said in str(caught.value)
+def test_matrix_products_and_transposes():
+    program = parse(
+        """load grad : real element
+        transpose %0 : real cr
+        matmul %0 %1 : real rr
+        matmul %2 %0 : real element
+        sum %2 : real tensor
+        mul %3 %4 : real element
+        store param %5"""
+    )
+    grad = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+    got = run_whole(program, {"param": grad, "grad": grad}, {}, compute=torch.float32)["param"]
+    g = grad.double()
+    square = (g @ g.T).float().double()
+    want = (square @ g).float() * square.sum().float()
+    assert torch.allclose(got, want, rtol=1e-6)
+
+
+def test_new_values_leave_the_old_arrays_alone_and_keep_their_dtype():
+    program = parse(
+        """load param : real element
+        load grad : real element
+        add %0 %1 : real element
+        store param %2
+        store m %2""",
+        states=["m element = 0.0 bfloat16"],
+    )
+    arrays = {"param": torch.ones(4), "grad": torch.full((4,), 1e-3).half(), "m": torch.zeros(4, dtype=torch.bfloat16)}
+    kept = {name: array.clone() for name, array in arrays.items()}
+    got = run_whole(program, arrays, {}, compute=torch.float32)
+    assert all(torch.equal(arrays[name], kept[name]) for name in arrays)
+    assert torch.equal(got["param"], 1 + kept["grad"].float())
+    assert got["m"].dtype == torch.bfloat16
+    assert torch.equal(got["m"], got["param"].bfloat16())
+
+
+def kernel_of(program, compute, low=None, **stored):
+    dtypes = tuple((name, stored.get(name, compute)) for name in program.shapes)
+    return compile_phase(phase_of(program), Binding(compute, dtypes, low))
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize("seed", range(25))
+def test_a_phase_is_the_whole_program_however_it_is_cut(seed, compute, monkeypatch):
+    monkeypatch.setattr(reference, "TILE", 2048)
+    program = random_program(random.Random(seed), elementary=seed % 2 == 0, reductions=True)
+    arrays = random_arrays(program, 5003, compute, seed)
+    offset = 777
+    want = run_whole(program, arrays, HYPERS, compute=compute, offset=offset)
+    kernel = kernel_of(program, compute)
+    whole = {name: array.clone() for name, array in arrays.items()}
+    partials = kernel(whole, NUMBERS, offset=offset)
+    cuts = [0, 1, 3 * 1024 - offset, 5003]
+    pieces = {name: array.clone() for name, array in arrays.items()}
+    parts = []
+    for begin, end in pairwise(cuts):
+        part = kernel({n: a[begin:end] for n, a in pieces.items()}, NUMBERS, offset=offset + begin)
+        parts.append(part)
+    assert torch.equal(pieces["grad"].isnan(), arrays["grad"].isnan())
+    for name, array in want.items():
+        assert same_bits(whole[name], array), name
+        assert same_bits(pieces[name], array), name
+    for (number, _), total, *cut in zip(phase_of(program).sums, partials, *parts, strict=True):
+        assert total.dtype == torch.float64
+        assert total.shape == (6,)
+        assert same_bits(torch.cat([total[3:]]), cut[2])
+        values = run_argument(program, number, arrays, compute, offset)
+        operation = program.instructions[number].operation
+        combined = blocks.reduce(operation, values, offset)
+        assert same(float(blocks.combine(operation, total.numpy())), float(combined))
+
+
+def run_argument(program, number, arrays, compute, offset):
+    argument = program.instructions[number].arguments[0]
+    only = program.with_instructions(program.instructions, [("param", argument)])
+    return run_whole(only, arrays, HYPERS, compute=compute, offset=offset)["param"].numpy()
+
+
+LION = """load param : real element
+    load grad : real element
+    load exp_avg : real element
+    hyper s0 : real uniform
+    sub %1 %2 : real element
+    fma %3 %4 %2 : real element
+    sign %5 : real element
+    hyper s1 : real uniform
+    mul %6 %7 : real element
+    add %0 %8 : real element
+    store param %9
+    store exp_avg %5"""
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grad", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("state", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("compute", COMPUTE)
+def test_stored_dtypes_are_converted_on_load_and_rounded_once_on_store(compute, state, grad, low):
+    program = parse(LION, states=["exp_avg element = 0.0"], hypers=SCALARS)
+    stored = {"exp_avg": state or compute, "grad": grad}
+    arrays = {name: random_array(999, stored.get(name, compute), i) for i, name in enumerate(program.shapes)}
+    wide = {name: array.to(compute) for name, array in arrays.items()}
+    want = run_whole(program, wide, HYPERS, compute=compute)
+    copy = torch.empty(999, dtype=low)
+    kernel_of(program, compute, low, **stored)(arrays, NUMBERS, low=copy)
+    assert same_bits(arrays["param"], want["param"])
+    for got, new in ((arrays["exp_avg"], want["exp_avg"]), (copy, want["param"])):
+        if got.dtype == torch.bfloat16 and compute == torch.float64:
+            finite = [(x, y) for x, y in zip(new.tolist(), got.tolist(), strict=True) if math.isfinite(x)]
+            assert all(y == rounded(Fraction(x), torch.bfloat16) for x, y in finite)
+        else:
+            halves = torch.from_numpy(new.numpy().astype(np.float16)) if got.dtype == torch.float16 else None
+            assert same_bits(got, new.to(got.dtype) if halves is None else halves)
+        if got.element_size() == 2:
+            words = got.view(torch.int16)[got.isnan()]
+            assert set(words.tolist()) == {{torch.bfloat16: 0x7FC0, torch.float16: 0x7E00}[got.dtype]}
+
+
+def test_arrays_that_change_places_are_read_before_they_are_written():
+    program = parse(
+        """load param : real element
+        load m : real element
+        bits %1 : word element
+        from_bits %2 : real element
+        store param %3
+        store m %0""",
+        states=["m element = 0.0"],
+    )
+    arrays = {"param": torch.ones(5), "grad": torch.zeros(5), "m": torch.full((5,), 2.0)}
+    kernel_of(program, torch.float32)(arrays, ())
+    assert arrays["param"].tolist() == [2.0] * 5
+    assert arrays["m"].tolist() == [1.0] * 5
+
+
+def test_an_empty_array_and_an_array_of_one():
+    program = parse("load grad : real element\nsum %0 : real tensor\nstore param %0")
+    for numel in (0, 1):
+        arrays = {"param": torch.zeros(numel), "grad": torch.ones(numel)}
+        (partials,) = kernel_of(program, torch.float32)(arrays, ())
+        assert partials.tolist() == [1.0] * numel
+        assert arrays["param"].tolist() == [1.0] * numel
+
+
+def test_denormals_are_kept_even_where_the_thread_flushes_them():
+    program = parse(
+        "load grad : real element\nhyper s0 : real uniform\nmul %0 %1 : real element\nstore param %2", hypers=SCALARS
+    )
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush denormals")
+    try:
+        arrays = {
+            "param": torch.zeros(2),
+            "grad": torch.tensor([0x00000100, 0x00800000], dtype=torch.int32).view(torch.float32),
+        }
+        whole = run_whole(program, arrays, {"s0": 0.5}, compute=torch.float32)["param"]
+        kernel_of(program, torch.float32)(arrays, (0.5,))
+        still = torch.tensor([1e-30]) * torch.tensor([1e-10])
+    finally:
+        torch.set_flush_denormal(False)
+    assert whole.view(torch.int32).tolist() == [0x80, 0x00400000]
+    assert arrays["param"].view(torch.int32).tolist() == [0x80, 0x00400000]
+    assert still.item() == 0.0, "the thread's own setting is put back"

@@ -1,175 +1,126 @@
-"""The reference back end: plain torch operations, tile by tile. It defines the bits of every program.
+"""The reference back end: programs in numpy. It says what every other back end must give, bit for bit.
 
-Each instruction is one call that rounds once. Never here: ``add(alpha=)``, addcmul, addcdiv, lerp, foreach or
-fused operations, whose bits depend on where an array is cut; and float32 ``torch.sqrt`` or ``torch.pow`` on
-the CPU, which are off by one unit in the last place for a sixth of all inputs. Whether an element is NaN is
-fixed too, but not which of the many NaNs it is.
+`run_whole` evaluates a whole program, of any shapes, on one tensor. `compile_phase` makes a kernel of one pass over
+flat arrays, for machines that have no other back end: in tiles and in place, on any device by way of the CPU.
 """
 
-import threading
-from collections.abc import Callable, Mapping
-from itertools import repeat
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from shardstep.rules.backends.slots import GRAD, SlotProgram, assign_slots
-from shardstep.rules.host import evaluate
-from shardstep.rules.kernel import Kernel, check_arrays
-from shardstep.rules.program import Program, Uniform
+from shardstep.rules import ir
+from shardstep.rules.backends import blocks
+from shardstep.rules.backends.elements import constant, evaluate, is_host
+from shardstep.rules.backends.evaluation import Evaluation, exactly, last_uses, positions
+from shardstep.rules.backends.rounding import NUMPY, read, write
+from shardstep.rules.binding import Binding, PhaseKernel
 
-Function = Callable[..., object]
-"""Called as ``function(a, b, out=c)``; one with a single operand is given it twice."""
+Array = NDArray[Any]
 
-Step = tuple[Function, int, int, int]
-"""A function and the slots of its two operands and its destination."""
-
-CPU_TILE: Final = 65_536
-"""Elements per tile: four arrays and a register or two stay in a 2 MiB cache."""
-
-DEVICE_TILE: Final = 4_194_304
-"""Elsewhere a tile only bounds the scratch; smaller ones would be all launches."""
+TILE: Final = 65_536
+"""Elements per tile of a phase, on the grid of global positions: a handful of arrays stay in the cache."""
 
 
-def _unary(function: Function) -> Function:
-    return lambda a, _, out: function(a, out=out)
+def run_whole(
+    program: ir.Program,
+    arrays: Mapping[str, Tensor],
+    hypers: Mapping[str, object],
+    *,
+    compute: torch.dtype,
+    offset: int = 0,
+) -> dict[str, Tensor]:
+    """The new values of the arrays that ``program`` stores, each in the shape, dtype and device of its old one.
+
+    ``arrays``: param, grad and the states: of param's shape, or one number for each row (param's first dimension),
+    for each column (the others, flattened) or for the tensor. ``hypers``: numbers or tuples of them by name, with
+    ``step``. ``offset``: the global position of element 0. Raises RuleError where a per-step scalar has no value.
+    """
+    with exactly():
+        whole = Evaluation(program, arrays, hypers, compute, offset)
+        values = whole.run(keep_all=False)
+        whole.refuse_scalars_without_value(values)
+        return {name: whole.stored(name, values[value]) for name, value in program.stores}
 
 
-def _zero_without_sign(function: Function) -> Function:
-    # In torch the position in the array decides whether 0.0 or -0.0 is returned; adding 0.0 settles it.
-    def wrapped(a: Tensor, b: Tensor, out: Tensor) -> None:
-        function(a, b, out=out)
-        out.add_(0.0)
-
-    return wrapped
+def compile_phase(phase: ir.Phase, binding: Binding) -> PhaseKernel:
+    """The reference kernel of ``phase``: any device, any dtypes of the binding."""
+    return _Kernel(phase, binding)
 
 
-def _copy(a: Tensor, _: Tensor, out: Tensor) -> None:
-    out.copy_(a)
-
-
-def _sqrt_on_cpu(a: Tensor, _: Tensor, out: Tensor) -> None:
-    np.sqrt(a.numpy(), out=out.numpy())
-
-
-def _sqrt_elsewhere(a: Tensor, _: Tensor, out: Tensor) -> None:
-    out.copy_(a.double().sqrt())  # rounding the float64 root again gives the correctly rounded float32 root
-
-
-_FUNCTIONS: Final[Mapping[str, Function]] = {
-    "add": torch.add,
-    "sub": torch.sub,
-    "mul": torch.mul,
-    "div": torch.div,
-    "minimum": _zero_without_sign(torch.minimum),
-    "maximum": _zero_without_sign(torch.maximum),
-    "neg": _unary(torch.neg),
-    "abs": _unary(torch.abs),
-    "sign": _unary(torch.sign),
-    "copy": _copy,
-}
-
-
-def compile_program(program: Program) -> Kernel:
-    """The reference kernel of ``program``, for any device and for float32 and float64."""
-    return _ReferenceKernel(program)
-
-
-class _ReferenceKernel:
-    """Slots of a running tile: arrays, registers, then the four below, then the uniforms."""
-
-    def __init__(self, program: Program) -> None:
-        self._program = program
-        slots = assign_slots(program)
-        self._registers = slots.registers
-        self._raw_grad = slots.inputs + slots.registers
-        self._low = self._raw_grad + 1
-        self._grad_scale = self._raw_grad + 2
-        first_uniform = self._raw_grad + 3
-        self._steps = {
-            "cpu": _steps(slots, first_uniform, _sqrt_on_cpu),
-            "elsewhere": _steps(slots, first_uniform, _sqrt_elsewhere),
-        }
+class _Kernel:
+    def __init__(self, phase: ir.Phase, binding: Binding) -> None:
+        self._body, self._sums, self._binding = phase.body, [number for number, _ in phase.sums], binding
+        self._last = last_uses(phase.body)
 
     def __call__(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        states: Mapping[str, Tensor],
-        scalars: Mapping[str, object],
-        grad_scale: float,
-        low: Tensor | None,
-    ) -> None:
-        check_arrays(self._program.states, param, grad, states, low)
-        uniforms = [evaluate(uniform, scalars) for uniform in self._program.uniforms]
-        numbers = [_rounded(number, param) for number in (grad_scale, *uniforms)]
-        read = self._read_grad(grad, param.dtype, grad_scale)
-        write = [] if low is None else [(_copy, 0, 0, self._low)]
-        steps = [*read, *self._steps["cpu" if param.is_cpu else "elsewhere"], *write]
-        with np.errstate(invalid="ignore"):  # the root of a negative number is NaN, silently, as in torch
-            self._run(steps, [param, grad, *states.values()], low, numbers, bool(read))
+        self, arrays: Mapping[str, Tensor], scalars: Sequence[float], *, offset: int = 0, low: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        numel = next(iter(arrays.values())).numel()
+        parts: dict[int, list[Array]] = {number: [] for number in self._sums}
+        with exactly():
+            shared = self._shared(scalars)
+            for start, stop in _tiles(offset, numel):
+                tile = {name: array[start:stop] for name, array in arrays.items()}
+                values = self._run(tile, shared, offset + start)
+                for number, found in parts.items():
+                    found.append(values[number])
+                self._store(values, tile, None if low is None else low[start:stop])
+        return tuple(torch.from_numpy(np.concatenate([np.empty(0), *found])) for found in parts.values())
 
-    def _read_grad(self, grad: Tensor, dtype: torch.dtype, grad_scale: float) -> list[Step]:
-        """How the gradient gets into a register, converted and scaled; no steps if it is usable as is."""
-        steps: list[Step] = []
-        if grad.dtype != dtype:
-            steps.append((_copy, self._raw_grad, self._raw_grad, GRAD))
-        if grad_scale != 1.0:
-            steps.append((torch.mul, GRAD if steps else self._raw_grad, self._grad_scale, GRAD))
-        return steps
+    def _shared(self, scalars: Sequence[float]) -> dict[int, Array]:
+        """What is the same for all elements: the scalars, the constants, and what is made of them."""
+        values: dict[int, Array] = {}
+        for number, line in enumerate(self._body.instructions):
+            if not is_host(line) or number in self._sums:
+                continue
+            if line.operation == "hyper":
+                values[number] = np.asarray(float(scalars[int(str(line.attributes[0])[1:])]))
+            elif line.operation == "const":
+                values[number] = constant(line, self._binding.compute)
+            else:
+                values[number] = evaluate(line, [values[a] for a in line.arguments], self._binding.compute)
+        return values
 
-    def _run(
-        self,
-        steps: list[Step],
-        arrays: list[Tensor],
-        low: Tensor | None,
-        numbers: list[Tensor],
-        own_grad: bool,
-    ) -> None:
-        tile = CPU_TILE if arrays[0].is_cpu else DEVICE_TILE
-        scratch = _SCRATCH.registers(self._registers + own_grad, tile, arrays[0])
-        low_tiles = repeat(None) if low is None else torch.split(low, tile)
-        for *tiles, low_tile in zip(*(torch.split(array, tile) for array in arrays), low_tiles, strict=False):
-            count = tiles[0].numel()
-            registers = scratch if count == tile else [register[:count] for register in scratch]
-            raw_grad = tiles[GRAD]
-            if own_grad:
-                tiles[GRAD] = registers[-1]
-            slots = [*tiles, *registers[: self._registers], raw_grad, low_tile, *numbers]
-            for function, a, b, destination in steps:
-                function(slots[a], slots[b], out=slots[destination])
+    def _run(self, tile: Mapping[str, Tensor], shared: Mapping[int, Array], position: int) -> list[Any]:
+        values: list[Any] = []
+        numel = next(iter(tile.values())).numel()
+        for number, line in enumerate(self._body.instructions):
+            if number in shared:
+                values.append(shared[number])
+                continue
+            arguments = [values[a] for a in line.arguments]
+            if line.operation == "load":
+                values.append(read(tile[str(line.attributes[0])], self._binding.compute))
+            elif line.operation == "index":
+                values.append(positions(position, numel, self._binding.compute))
+            elif number in self._sums:
+                values.append(blocks.partials(line.operation, np.broadcast_to(arguments[0], (numel,)), position))
+            else:
+                values.append(evaluate(line, arguments, self._binding.compute))
+            for argument in line.arguments:
+                if self._last[argument] == number:
+                    values[argument] = None
+        return values
 
-
-def _steps(slots: SlotProgram, first_uniform: int, sqrt: Function) -> list[Step]:
-    functions = {**_FUNCTIONS, "sqrt": sqrt}
-    steps: list[Step] = []
-    for line in slots.operations:
-        operands = [a.index + (first_uniform if isinstance(a, Uniform) else 0) for a in line.arguments]
-        steps.append((functions[line.operation], operands[0], operands[-1], line.destination))
-    return steps
-
-
-def _rounded(number: float, like: Tensor) -> Tensor:
-    """A scalar as a 0-d tensor, rounded once.
-
-    A Python number would make CUDA multiply by its reciprocal in div.
-    """
-    return torch.tensor(number, dtype=like.dtype).to(like.device, non_blocking=True)
+    def _store(self, values: Sequence[Array], tile: Mapping[str, Tensor], low: Tensor | None) -> None:
+        dtype = NUMPY[self._binding.compute]
+        # A view may be of an array that is about to be overwritten.
+        new = {
+            name: values[value].astype(dtype, copy=values[value].base is not None) for name, value in self._body.stores
+        }
+        for name, rounded in new.items():
+            write(rounded, tile[name])
+            if name == "param" and low is not None:
+                write(rounded, low)
 
 
-class _Scratch(threading.local):
-    """Registers kept between calls and shared by all kernels of a thread."""
-
-    def __init__(self) -> None:
-        self._pools: dict[Any, list[Tensor]] = {}
-
-    def registers(self, count: int, numel: int, like: Tensor) -> list[Tensor]:
-        pool = self._pools.setdefault((like.dtype, like.device), [])
-        while len(pool) < count:
-            pool.append(torch.empty(numel, dtype=like.dtype, device=like.device))
-        return pool[:count]
-
-
-_SCRATCH: Final = _Scratch()
+def _tiles(offset: int, numel: int) -> Iterator[tuple[int, int]]:
+    start = 0
+    while start < numel:
+        stop = min(numel, start + TILE - (offset + start) % TILE)
+        yield start, stop
+        start = stop
