@@ -18,6 +18,7 @@ from shardstep.errors import ConfigError, OwnershipError
 from shardstep.optim.states import check_loaded, compute_dtype, start_of
 from shardstep.rules import Rule
 from shardstep.rules.compiled import compile_rule
+from shardstep.rules.ir import State
 from shardstep.types import Batch, FlatSource, Segment
 
 
@@ -44,11 +45,27 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__(params, _complete(self.rule, hyperparameters))
 
     @property
-    def state_names(self) -> tuple[str, ...]:
-        """The names of the states that the rule has with the flags of any group, in order."""
+    def states(self) -> tuple[State, ...]:
+        """The states that the rule has with the flags of any group, in order."""
         compiled = compile_rule(self.rule)
         used = {state.name for group in self.param_groups for state in compiled.states(group)}
-        return tuple(name for name in self.rule.states if name in used)
+        return tuple(state for state in self.rule.declared if state.name in used)
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(state.name for state in self.states)
+
+    @property
+    def flat_states(self) -> tuple[State, ...]:
+        """The states, if shards can hold them. Raises ConfigError for a rule that looks at rows or whole matrices."""
+        compiled, states = compile_rule(self.rule), self.states
+        if compiled.needs_whole_tensors:
+            raise ConfigError(
+                f"expected a rule over elements or with sums over whole tensors to shard, got {self.rule.name!r}, "
+                f"which is {compiled.locality} ({compiled.reason}); such rules run unsharded so far"
+            )
+        return states
 
     def check_group(self, group: Mapping[str, Any], where: str) -> None:
         """Raise ConfigError if a hyper-parameter of ``group`` is out of range; ``where`` names the group."""

@@ -21,11 +21,9 @@ def compute_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def dtype_of(declared: State, param: Tensor) -> torch.dtype:
-    """What a state of ``param`` is stored in."""
-    if declared.dtype is None:
-        return compute_dtype(param)
-    dtype: torch.dtype = getattr(torch, declared.dtype)
+def stored_dtype(declared: State) -> torch.dtype | None:
+    """What the rule says a state is stored in; None if it leaves that to the parameter's compute dtype."""
+    dtype: torch.dtype | None = None if declared.dtype is None else getattr(torch, declared.dtype)
     return dtype
 
 
@@ -38,7 +36,7 @@ def shape_of(declared: State, param: Tensor) -> tuple[int, ...]:
 
 def start_of(declared: State, param: Tensor) -> Tensor:
     """A new state of ``param``."""
-    dtype = dtype_of(declared, param)
+    dtype = stored_dtype(declared) or compute_dtype(param)
     if isinstance(declared.start, str):
         return param.detach().to(dtype, memory_format=torch.contiguous_format, copy=True)
     return torch.full(shape_of(declared, param), declared.start, dtype=dtype, device=param.device)
@@ -95,6 +93,6 @@ def _taken(state: Mapping[str, Any], param: Tensor, states: Sequence[State], key
                 f"expected {declared.name} of shape {shape} for parameter {key}, got "
                 f"{tuple(values.shape)}; the state dict belongs to another model"
             )
-        dtype = dtype_of(declared, param)
+        dtype = stored_dtype(declared) or compute_dtype(param)
         taken[declared.name] = values.to(param.device, dtype, copy=True, memory_format=torch.contiguous_format)
     return taken

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from shardstep.errors import ConfigError
-from shardstep.rules.backends import blocks, llvm, reference, triton
+from shardstep.rules.backends import blocks, llvm, reference, rounding, triton
 from shardstep.rules.binding import Binding, PhaseKernel, check_arrays, check_dtypes
-from shardstep.rules.ir import Phases, State
+from shardstep.rules.ir import Phases, Program, State
 from shardstep.rules.language import Rule
 from shardstep.rules.locality import locality
 from shardstep.rules.lower import program_of
-from shardstep.rules.passes import compile_phases, compile_truths
+from shardstep.rules.passes import compile_truths, cut, stages
 from shardstep.rules.scalars import Scalars, compile_scalars
 from shardstep.types import Batch, Segment
 
@@ -75,7 +75,11 @@ class CompiledRule:
         self._name = rule.name
         self.program = program_of(rule)
         self.locality, self.reason = locality(self.program)
+        self.needs_whole_tensors = self.locality in ("factored", "matrix") or any(
+            state.shape != "element" for state in self.program.states
+        )
         self._truths = compile_truths(self.program)
+        self._programs: dict[tuple[tuple[bool, ...], torch.dtype], Program] = {}
         self._phases: dict[tuple[tuple[bool, ...], torch.dtype], Phases] = {}
         self._variants: dict[tuple[Any, ...], _Variant] = {}
 
@@ -83,7 +87,7 @@ class CompiledRule:
         """The states that are there with these flags, in order; the others are neither read nor written."""
         used: set[str] = set()
         for step in (1, 2):
-            program = self._phases_for({**hypers, "step": step}, torch.float32).program
+            program = self._program_for({**hypers, "step": step}, torch.float32)
             used.update(str(line.attributes[0]) for line in program.instructions if line.operation == "load")
             used.update(name for name, _ in program.stores)
         return tuple(state for state in self.program.states if state.name in used)
@@ -94,6 +98,10 @@ class CompiledRule:
         Collective where the rule makes sums over tensors. Raises ConfigError for arrays that are not as `Segment`
         says, RuleError if a per-step scalar has no value.
         """
+        if self.needs_whole_tensors:
+            for segment in batch.segments:
+                self._update_whole(segment, groups[segment.group])
+            return
         jobs = [self._job(segment, groups[segment.group]) for segment in batch.segments]
         if self.locality == "reduced":
             self._make_sums(batch, jobs, groups)
@@ -102,6 +110,23 @@ class CompiledRule:
             together.setdefault(id(job.variant), []).append(job)
         for alike in together.values():
             _run_last(alike)
+
+    def _update_whole(self, segment: Segment, group: Hypers) -> None:
+        """One whole tensor, on the reference back end."""
+        check_dtypes(segment)
+        hypers = {**group, "step": segment.step, "grad_scale": segment.grad_scale}
+        program = self._program_for(hypers, segment.param.dtype)
+        shape = segment.shape or ()
+        arrays = {"param": segment.param.view(shape), "grad": segment.grad.view(shape)}
+        for state in self.program.states:
+            if state.name in segment.state:
+                values = segment.state[state.name]
+                arrays[state.name] = values.view(shape) if state.shape == "element" else values
+        new = reference.run_whole(program, arrays, hypers, compute=segment.param.dtype, offset=segment.offset)
+        for name, values in new.items():
+            arrays[name].copy_(values)
+        if segment.low is not None:
+            rounding.write(rounding.read(segment.param, segment.param.dtype), segment.low)
 
     def _make_sums(self, batch: Batch, jobs: list[_Job], groups: Sequence[Hypers]) -> None:
         everywhere = [self._phases_for({**groups[group], "step": step}, torch.float32) for group, step in batch.updated]
@@ -112,10 +137,16 @@ class CompiledRule:
                 for (operation, value), parts in zip(job.sums(number), whole, strict=False):
                     job.known[value] = float(blocks.combine(operation, parts.cpu().numpy()))
 
+    def _program_for(self, hypers: Hypers, compute: torch.dtype) -> Program:
+        key = (self._truths(hypers), compute)
+        if key not in self._programs:
+            self._programs[key] = stages(self.program, *key)[-1][1]
+        return self._programs[key]
+
     def _phases_for(self, hypers: Hypers, compute: torch.dtype) -> Phases:
         key = (self._truths(hypers), compute)
         if key not in self._phases:
-            self._phases[key] = compile_phases(self.program, *key)
+            self._phases[key] = cut(self._program_for(hypers, compute))
         return self._phases[key]
 
     def _job(self, segment: Segment, group: Hypers) -> _Job:

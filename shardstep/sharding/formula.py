@@ -32,13 +32,15 @@ class SpaceSize:
 
 @dataclass(frozen=True)
 class Formula:
-    """``units`` holds the spaces of each unit in declared order, the root first."""
+    """``units`` holds the spaces of each unit in declared order, the root first; ``states`` what each state of the
+    rule is stored in (None: the master's dtype).
+    """
 
     units: list[list[SpaceSize]]
     world_size: int
     own_leaves: int
     prefetch: int
-    state_names: int
+    states: tuple[torch.dtype | None, ...]
     schedule: Schedule
     rank: int
 
@@ -96,12 +98,12 @@ class Formula:
 
     def _state(self) -> int:
         """The rule's states and, for low-precision parameters, the master."""
-        return sum(
-            (self.state_names + (space.precision.master != space.precision.params))
-            * self._owned(space)
-            * space.precision.master.itemsize
-            for space in self._trained()
-        )
+        return sum(self._owned(space) * self._state_bytes(space.precision) for space in self._trained())
+
+    def _state_bytes(self, precision: Precision) -> int:
+        """Of one element."""
+        kept = [None] if precision.master != precision.params else []
+        return sum((dtype or precision.master).itemsize for dtype in (*self.states, *kept))
 
     def _gradients(self) -> int:
         """Kept leaves, partial sums, and what is in flight, followed through the events of one step."""

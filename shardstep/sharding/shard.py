@@ -15,6 +15,7 @@ from shardstep.config import Precision, Schedule, StageChoice, UnitChoice, check
 from shardstep.errors import ConfigError, OwnershipError, RankMismatchError
 from shardstep.layout import fingerprint
 from shardstep.optim import Optimizer
+from shardstep.optim.states import stored_dtype
 from shardstep.sharding.agreement import Agreement
 from shardstep.sharding.attached import Attached
 from shardstep.sharding.batches import BatchPlan, Collate, MapDataset, MicroBatch, micro_batches
@@ -149,7 +150,7 @@ def shard(
     built = _build(plans, ranks, ledger)
     trained = [space for unit in built for space in unit.spaces if space.trained]
     for space in trained:
-        space.make_state(optimizer.state_names)
+        space.make_state(optimizer.flat_states)
     flags = sum(len(space.parameters) for space in trained) + len(buffers.owners)
     agreement = Agreement(ranks, flags)
     gradients = Gradients(trained, ranks, ledger, schedule_, agreement)
@@ -160,7 +161,8 @@ def shard(
         setattr(module, ATTRIBUTE, whole)
     optimizer.attach(step)
     sizes = [[SpaceSize(s.layout, s.precision, s.trained, s.stage) for s in unit.spaces] for unit in built]
-    formula = Formula(sizes, ranks.size, 1, prefetch, len(optimizer.state_names), schedule_, ranks.rank)
+    states = tuple(stored_dtype(declared) for declared in optimizer.flat_states)
+    formula = Formula(sizes, ranks.size, 1, prefetch, states, schedule_, ranks.rank)
     return Sharded(built, ranks, ledger, gradients, step, formula)
 
 
@@ -189,6 +191,7 @@ def _check_arguments(
         raise ConfigError("expected a model that is not sharded yet, but shard() was already called on this one")
     if any(getattr(module, ATTRIBUTE, None) is not None for module in model.modules()):
         raise ConfigError("expected a model that is not sharded yet, but shard() was already called on a part of it")
+    _ = optimizer.flat_states  # raises for a rule that needs whole tensors
     if optimizer.attached:
         raise ConfigError("expected an optimizer that is not sharded yet, got one that is; make one for this model")
     if not any(True for _ in model.parameters()):

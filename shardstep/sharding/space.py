@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from shardstep.collectives import Group, Pending
 from shardstep.config import Precision, Stage
 from shardstep.layout import Layout
+from shardstep.optim.states import stored_dtype
+from shardstep.rules.ir import State
 from shardstep.sharding.freed import FreedParameter
 from shardstep.sharding.memory import Ledger
 from shardstep.sharding.reduce import Tree
@@ -201,9 +203,19 @@ class Space:
 
     # - optimizer state
 
-    def make_state(self, names: tuple[str, ...]) -> None:
-        for name in names:
-            self.state[name] = self._ledger.take("state", self.master.numel(), self.precision.master).zero_()
+    def make_state(self, states: tuple[State, ...]) -> None:
+        """Allocate and start the states of the rule over what this rank owns."""
+        for declared in states:
+            dtype = stored_dtype(declared) or self.precision.master
+            self.state[declared.name] = self._ledger.take("state", self.master.numel(), dtype)
+            self.start_state(declared)
+
+    def start_state(self, declared: State) -> None:
+        """Let a state begin anew."""
+        if isinstance(declared.start, str):
+            self.state[declared.name].copy_(self.master)
+        else:
+            self.state[declared.name].fill_(declared.start)
 
     def whole(self, run: Tensor, label: str) -> Tensor:
         """The whole flat space of which ``run`` is what this rank owns (values, master or a state)."""

@@ -76,7 +76,8 @@ class Step:
             gradient, coming = coming, self._gradient(following) if following else coming
             keys = self._count_steps(space, groups)
             runs = _tensors(space, keys) if per_tensor else _neighbours(space, keys)
-            segments = [self._segment(space, gradient.wait(), run, scale) for run in runs]
+            values = gradient.wait()
+            segments = [self._segment(space, values, run, scale) for run in runs]
             updated = [key for key in keys if key is not None]
             yield Batch(segments, updated, Combination(space, keys, self._group, self._gradients.step))
             if gradient.taken:
@@ -111,16 +112,13 @@ class Step:
             steps = steps.to(self._ledger.device)
             self._group.broadcast(steps, label=f"broadcast of the step counts of {space.where}")
             space.steps = steps.tolist()
-            for name, run in space.state.items():
+            for declared in self._optimizer.flat_states:
+                space.start_state(declared)
                 if any(space.steps):
-                    run.copy_(self._whole_from_rank_0(space, name, run, state)[space.owned])
-                else:
-                    run.zero_()
+                    space.state[declared.name].copy_(self._whole_from_rank_0(space, declared.name, state)[space.owned])
 
-    def _whole_from_rank_0(
-        self, space: Space, name: str, run: Tensor, state: Mapping[nn.Parameter, Mapping[str, Tensor]]
-    ) -> Tensor:
-        flat = torch.zeros(space.padded_numel, dtype=run.dtype, device=run.device)
+    def _whole_from_rank_0(self, space: Space, name: str, state: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> Tensor:
+        flat = space.whole(space.state[name], f"state {name!r}").clone()
         for slot, parameter in zip(space.layout.slots, space.parameters, strict=True):
             if parameter in state:
                 flat[slot.offset : slot.end].view(slot.shape).copy_(state[parameter][name])

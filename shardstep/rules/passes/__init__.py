@@ -5,7 +5,7 @@ stored; `pipeline` runs them in order with the verifier between; `split` comes l
 knows a back end, a dtype that an array is stored in, or an optimizer.
 """
 
-from shardstep.rules.passes.pipeline import compile_phases, stages
+from shardstep.rules.passes.pipeline import compile_phases, cut, stages
 from shardstep.rules.passes.specialise import compile_truths, conditions, truths
 
-__all__ = ["compile_phases", "compile_truths", "conditions", "stages", "truths"]
+__all__ = ["compile_phases", "compile_truths", "conditions", "cut", "stages", "truths"]

@@ -34,7 +34,12 @@ def compile_phases(program: Program, truths: Sequence[bool], compute: torch.dtyp
 
     The gradient's scale is put in: the phases' scalars need a hyper-parameter ``grad_scale``.
     """
-    phases = split(stages(program, truths, compute)[-1][1])
+    return cut(stages(program, truths, compute)[-1][1])
+
+
+def cut(program: Program) -> Phases:
+    """The phases of a program that has been through `stages`."""
+    phases = split(program)
     verify(phases.program, "split")
     for phase in phases.phases:
         verify(phase.body, "split")

@@ -1,0 +1,73 @@
+"""Rules of every locality make optimizers: alone on whole tensors, and on shards where that is possible."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import shardstep as ss
+from shardstep.optim import Optimizer
+from tests.rules.examples import adafactor, lion, muon, sgd
+from tests.rules.examples import lamb as lamb_rule
+from tests.sharding.models import Tied, Tokens
+
+
+class Lamb(Optimizer):
+    rule = lamb_rule
+
+
+def optimizer_of(rule, params):
+    return type(rule.name, (Optimizer,), {"rule": rule})(params)
+
+
+@pytest.mark.parametrize("rule", [lion, sgd, lamb_rule, adafactor, muon], ids=lambda rule: rule.name)
+def test_every_example_steps_alone(rule):
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(8, 8))]
+    optimizer = optimizer_of(rule, params)
+    before = [param.detach().clone() for param in params]
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+    for param, start in zip(params, before, strict=True):
+        assert torch.isfinite(param).all()
+        assert not torch.equal(param, start)
+
+
+@pytest.mark.parametrize("rule", [adafactor, muon], ids=lambda rule: rule.name)
+def test_a_rule_that_looks_at_rows_or_matrices_is_not_sharded_yet(rule):
+    model = nn.Linear(4, 6, bias=False)
+    with pytest.raises(ss.ConfigError, match=r"which is (factored|matrix) \(.* in line \d+ needs"):
+        ss.shard(model, optimizer_of(rule, list(model.parameters())))
+
+
+def lamb_digest(stage: int, bf16: bool, clip: float | None) -> str:
+    torch.manual_seed(3)
+    model = Tied()
+    optimizer = Lamb([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    precision = ss.Precision(torch.bfloat16, torch.bfloat16) if bf16 else None
+    sharded = ss.shard(model, optimizer, stage=stage, precision=precision, clip_norm=clip)
+    for micro in sharded.micro_batches(Tokens(), global_batch=8, micro_batch=2, seed=1):
+        model(micro.batch).backward()
+        if micro.last:
+            optimizer.step()
+            optimizer.zero_grad()
+    return ss.digest(model, optimizer)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_sums_over_tensors_do_not_depend_on_the_shards(ranks, bf16):
+    expected = ranks(1).run(lamb_digest, 0, bf16, 0.5)[0]
+    for world_size, stage in ((1, 3), (2, 0), (2, 1), (2, 3), (4, 2), (4, 3)):
+        assert set(ranks(world_size).run(lamb_digest, stage, bf16, 0.5)) == {expected}, (world_size, stage)
+
+
+def test_sums_are_over_the_whole_tensor():
+    """LAMB's step has the length of the parameter times the learning rate."""
+    torch.manual_seed(0)
+    param: Tensor = nn.Parameter(torch.randn(50, 40))
+    start = param.detach().clone()
+    optimizer = Lamb([param], lr=0.01)
+    param.grad = torch.randn_like(param)
+    optimizer.step()
+    assert torch.dist(param.detach(), start) == pytest.approx(0.01 * start.norm().item(), rel=1e-4)
