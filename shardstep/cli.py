@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from shardstep import rules_cli
 from shardstep.demo import show
 from shardstep.demo.run import Outcome, Recipe, read_corpus, train_rank
 from shardstep.demo.same_bits import compare
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--precision", choices=("fp32", "bf16"), default=Recipe.precision, help="of the parameters")
     demo.add_argument("--text", metavar="PATH", type=Path, help="learn this file or folder, not the standard library")
     demo.add_argument("--json", action="store_true", help="print one JSON line and nothing else")
+    rules_cli.add_commands(commands)
     return parser
 
 
