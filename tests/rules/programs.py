@@ -15,16 +15,24 @@ from shardstep.rules import ir
 ELEMENTARY = ("exp", "log", "tanh", "rsqrt", "pow")
 SCALARS = ("s0", "s1", "s2")
 CONSTANTS = (0.0, -0.0, 1.0, -1.0, 0.5, 2.0, 3.0, 0.1, 1e-8, 1e-40, 1e30, 6e38, 1e300, math.inf, -math.inf, math.pi)
+HOSTED = tuple("sum sum max numel choose choose lt eq add sub mul div pow exp log sqrt minimum fma where".split())
 WORDS = (0, 1, 0x7F, 0xFFFF, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF, 0x9E37_79B1)
 
 
 def random_program(
-    rng: random.Random, *, length: int = 16, elementary: bool = False, words: bool = True, reductions: bool = False
+    rng: random.Random,
+    *,
+    length: int = 16,
+    elementary: bool = False,
+    words: bool = True,
+    reductions: bool = False,
+    hosted: bool = False,
 ) -> ir.Program:
     """A program of about ``length`` operations on elements; its bits are fixed, as it never asks for those of a NaN.
 
     With ``elementary`` it has the operations that `passes.elementary` replaces; with ``reductions``, at its end, sums
-    and maxima that it does not use itself.
+    and maxima that it does not use itself. With ``hosted`` it is no phase: it has branches, work for the host, and
+    sums and maxima that it uses.
     """
     states = tuple(ir.State(name) for name in ("exp_avg", "exp_avg_sq")[: rng.randrange(3)])
     program = ir.Program("random", states, tuple(map(ir.Hyper, SCALARS)), (), ())
@@ -33,7 +41,10 @@ def random_program(
     names = [name for name in names if elementary or name not in ELEMENTARY]
     names = [name for name in names if words or "word" not in (*ir.OPERATIONS[name].takes, ir.OPERATIONS[name].gives)]
     for _ in range(length):
-        grow.operation(rng.choice(names))
+        if hosted and rng.random() < 0.5:
+            grow.hosted_operation(rng.choice(HOSTED))
+        else:
+            grow.operation(rng.choice(names))
     stores = [(name, grow.some("real", element=True)) for name in program.shapes if name != "grad"]
     if reductions:
         for _ in range(rng.randrange(1, 4)):
@@ -111,3 +122,25 @@ class _Growing:
             arguments = [self.build.emit("where", number, arguments[0], self.build.constant(1.0))]
         shift = (self._rng.randrange(32),) if ir.OPERATIONS[name].attributes else ()
         self.build.emit(name, *arguments, attributes=shift)
+
+    def hosted_operation(self, name: str) -> None:
+        """A branch, or what is one number for a step or for a tensor."""
+        takes = ir.OPERATIONS[name].takes
+        if name in ("sum", "max"):
+            total = self.build.emit(name, self.some("real", element=True))
+            self.build.emit("minimum", self.some("real", element=True), total)  # or hardly any would be needed
+        elif name == "choose":
+            # One branch of elements makes both so: else another branch would make other roundings of what follows.
+            shape = self._rng.choice(("element", "uniform"))
+            self.build.emit(name, self._of("bool", "uniform"), self._of("real", shape), self._of("real", shape))
+        else:
+            shape = self._rng.choice(("tensor", "uniform"))
+            self.build.emit(name, *(self._of(kind, shape if i == 0 else "uniform") for i, kind in enumerate(takes)))
+
+    def _of(self, kind: str, shape: str) -> int:
+        """A value of this shape; a uniform one if there is none."""
+        lines = list(enumerate(self.build.instructions))
+        for wanted in (shape, "uniform"):
+            if fitting := [n for n, line in lines if line.type == ir.Type(kind, wanted)]:
+                return self._rng.choice(fitting)
+        raise AssertionError(kind)
