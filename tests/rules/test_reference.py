@@ -3,6 +3,7 @@
 import math
 import operator
 import random
+from contextlib import nullcontext
 from fractions import Fraction
 from itertools import pairwise
 
@@ -15,6 +16,7 @@ from shardstep.rules import ir
 from shardstep.rules.backends import blocks, reference
 from shardstep.rules.backends.reference import compile_phase, run_whole
 from shardstep.rules.binding import Binding
+from shardstep.rules.scalars import compile_scalars
 from tests.rules.exact import root, rounded, same, special_values
 from tests.rules.programs import SCALARS, phase_of, random_array, random_arrays, random_program, same_bits
 
@@ -244,7 +246,7 @@ ONE_OVER_DECAY = """hyper decay : real uniform
 def test_a_per_step_scalar_without_a_value_is_refused_with_its_line():
     grad = torch.ones(2)
     program = parse(ONE_OVER_DECAY.format(factor="%4"), hypers=["decay"])
-    with pytest.raises(RuleError, match=r"line 12.*div\(1.0, 0.0\) to have a value, got inf with decay=0.0"):
+    with pytest.raises(RuleError, match=r"line 12.*1 / decay to have a value, got a division by zero with decay=0.0"):
         run_whole(program, {"param": grad, "grad": grad}, {"decay": 0.0}, compute=torch.float32)
 
 
@@ -254,6 +256,39 @@ def test_a_branch_that_is_not_chosen_may_have_none():
     for decay, want in ((0.0, 3.0), (0.5, 6.0)):
         got = run_whole(program, {"param": grad, "grad": grad}, {"decay": decay}, compute=torch.float32)
         assert got["param"].tolist() == [want] * 2
+
+
+@pytest.mark.parametrize("decay", [math.inf, 0.0])
+@pytest.mark.parametrize("run", ["whole", "scalars"])
+def test_the_host_and_the_reference_refuse_the_same_scalars(run, decay):
+    """For 0.0 the branch that divides is not taken; infinity minus infinity is no number."""
+    program = parse(
+        """hyper decay : real uniform
+        const 0.0 : real uniform
+        eq %0 %1 : bool uniform
+        div %0 %0 : real uniform
+        where %2 %1 %3 : real uniform
+        sub %0 %0 : real uniform
+        add %4 %5 : real uniform
+        load grad : real element
+        mul %7 %6 : real element
+        store param %8""",
+        hypers=["decay"],
+    )
+    grad = torch.ones(1)
+    expectation = nullcontext() if decay == 0.0 else pytest.raises(RuleError, match=r"decay.* no number \(NaN\)")
+    with expectation:
+        if run == "whole":
+            run_whole(program, {"param": grad, "grad": grad}, {"decay": decay}, compute=torch.float32)
+        else:
+            compile_scalars(program, (6,))({"decay": decay}, {})
+
+
+def test_a_hyper_parameter_that_is_no_number_is_named():
+    grad = torch.ones(1)
+    program = parse(ONE_OVER_DECAY.format(factor="%5"), hypers=["decay"])
+    with pytest.raises(RuleError, match="a number for the hyper-parameter decay, got decay=None"):
+        run_whole(program, {"param": grad, "grad": grad}, {"decay": None}, compute=torch.float32)
 
 
 def wide_spread(numel):

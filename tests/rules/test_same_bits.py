@@ -14,6 +14,7 @@ from shardstep.rules import compiled
 from shardstep.rules.backends import blocks, llvm, reference, rounding
 from shardstep.rules.backends.evaluation import exactly
 from shardstep.rules.binding import Binding
+from shardstep.rules.ir import Phase, parse_text
 from shardstep.rules.passes import compile_phases, truths
 from shardstep.rules.passes.gradient import scale_gradient
 from shardstep.rules.scalars import compile_scalars
@@ -81,6 +82,16 @@ def test_phases_give_the_bits_of_the_program(program, compute, grad, low_dtype, 
         with exactly():
             rounding.write(rounding.read(want["param"], compute), copy)
         assert same_bits(low, copy)
+
+
+@pytest.mark.parametrize("make", BACK_ENDS.values(), ids=BACK_ENDS)
+def test_a_phase_may_need_no_array(make):
+    body = parse_text(
+        "rule r\n%0 = index : word element\n%1 = from_bits %0 : real element\n%2 = max %1 : real tensor\n"
+    )
+    arrays = {"param": torch.zeros(1500), "grad": torch.zeros(1500)}
+    (partials,) = make(Phase(body, (), ((2, 2),)), Binding(F32, tuple((name, F32) for name in arrays)))(arrays, ())
+    assert partials.tolist() == torch.tensor([1023, 1499], dtype=torch.int32).view(F32).tolist()
 
 
 # Real rules.

@@ -8,20 +8,23 @@ show in which order a library sums.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shardstep.errors import RuleError
-from shardstep.rules import ir
+from shardstep.rules import ir, scalars
 from shardstep.rules.backends import blocks
 from shardstep.rules.backends.elements import WORD, constant, evaluate, is_host
 from shardstep.rules.backends.rounding import NUMPY, read, write
+from shardstep.rules.scalars.arithmetic import ARITHMETIC, fault
+from shardstep.rules.scalars.evaluate import no_value
 
 Array = NDArray[Any]
+
+_UNIFORM: Final = ir.Type("real", "uniform")
 
 
 @contextmanager
@@ -64,7 +67,7 @@ class Evaluation:
         values: list[Any] = []
         last = last_uses(self._program)
         for number, line in enumerate(self._program.instructions):
-            values.append(self._value(line, [values[a] for a in line.arguments]))
+            values.append(self._value(number, line, [values[a] for a in line.arguments]))
             for argument in line.arguments if not keep_all else ():
                 if last[argument] == number and not is_host(self._program.instructions[argument]):
                     values[argument] = None
@@ -85,21 +88,16 @@ class Evaluation:
         return new
 
     def refuse_scalars_without_value(self, values: Sequence[Array]) -> None:
-        """Raise RuleError for the first uniform value that is not finite though its arguments are.
+        """Raise RuleError for the first uniform value that has none (see `scalars.arithmetic.fault`).
 
         Only what the stores need counts: a branch that was not chosen may divide by zero.
         """
         for number in sorted(self._needed(values)):
             line = self._program.instructions[number]
-            if line.type.shape != "uniform" or line.type.kind != "real" or not line.arguments:
-                continue
-            given = [values[a] for a in line.arguments]
-            if all(np.isfinite(a) for a in given if a.dtype.kind == "f") and not np.isfinite(values[number]):
-                raise RuleError(
-                    f"rule {self._program.name!r}{_where(line)}: expected the per-step scalar "
-                    f"{line.operation}({', '.join(str(a) for a in given)}) to have a value, got {values[number]} with "
-                    f"{', '.join(f'{k}={v}' for k, v in self._hypers.items())}; change the hyper-parameters"
-                )
+            if line.type == _UNIFORM and line.operation in ARITHMETIC:
+                given = [float(values[a]) for a in line.arguments]
+                if (wrong := fault(line.operation, given, float(values[number]))) is not None:
+                    raise no_value(self._program, number, wrong, self._hypers)
 
     def _needed(self, values: Sequence[Array]) -> set[int]:
         needed, waiting = set[int](), [value for _, value in self._program.stores]
@@ -109,15 +107,15 @@ class Evaluation:
                 needed.add(number)
                 line = self._program.instructions[number]
                 arguments = line.arguments
-                if line.operation == "choose":
+                if line.operation == "choose" or (line.operation == "where" and is_host(line)):
                     arguments = (arguments[0], arguments[1] if values[arguments[0]] else arguments[2])
                 waiting.extend(arguments)
         return needed
 
-    def _value(self, line: ir.Instruction, arguments: list[Array]) -> Array:
+    def _value(self, number: int, line: ir.Instruction, arguments: list[Array]) -> Array:
         match ir.OPERATIONS[line.operation].family:
             case "source":
-                return self._source(line)
+                return self._source(number, line)
             case "pointwise":
                 return evaluate(line, arguments, self._compute)
             case "reduction":
@@ -129,7 +127,7 @@ class Evaluation:
         left, right = (torch.tensor(a, dtype=torch.float64) for a in arguments)
         return np.asarray((left @ right).numpy()).astype(NUMPY[self._compute])
 
-    def _source(self, line: ir.Instruction) -> Array:
+    def _source(self, number: int, line: ir.Instruction) -> Array:
         counts = {"numel": self._rows * self._columns, "rows": self._rows, "columns": self._columns}
         match line.operation:
             case "const":
@@ -138,9 +136,7 @@ class Evaluation:
                 name = str(line.attributes[0])
                 return read(self._arrays[name], self._compute).reshape(self.extent(name))
             case "hyper":
-                given: Any = self._hypers[str(line.attributes[0])]
-                given = given[line.attributes[1]] if len(line.attributes) > 1 else given
-                return np.asarray(bool(given)) if line.type.kind == "bool" else np.asarray(float(given))
+                return np.asarray(scalars.evaluate(self._program, (number,), self._hypers, {})[0])
             case "index":
                 found = positions(self._offset, self._rows * self._columns, self._compute)
                 return found.reshape(self._rows, self._columns)
@@ -164,7 +160,3 @@ def last_uses(program: ir.Program) -> dict[int, float]:
     """For each value that is used the last instruction that reads it; infinity for what is stored."""
     last: dict[int, float] = {a: number for number, line in enumerate(program.instructions) for a in line.arguments}
     return last | {value: math.inf for _, value in program.stores}
-
-
-def _where(line: ir.Instruction) -> str:
-    return f", line {line.place.line}" if line.place else ""

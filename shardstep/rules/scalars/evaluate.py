@@ -66,11 +66,12 @@ def _value(program: Program, number: int, hypers: Mapping[str, object], values: 
     arguments = [values[argument] for argument in line.arguments]
     value = ARITHMETIC[line.operation](*arguments)
     if line.type.shape == "uniform" and (wrong := fault(line.operation, arguments, value)) is not None:
-        raise _no_value(program, number, wrong, hypers)
+        raise no_value(program, number, wrong, hypers)
     return value
 
 
-def _no_value(program: Program, number: int, wrong: str, hypers: Mapping[str, object]) -> RuleError:
+def no_value(program: Program, number: int, wrong: str, hypers: Mapping[str, object]) -> RuleError:
+    """What to raise for a uniform value that is at `fault`."""
     given = ", ".join(f"{name}={value}" for name, value in hypers.items())
     return RuleError(
         f"{where(program, program.instructions[number])}: expected the per-step scalar "

@@ -111,8 +111,7 @@ class LlvmKernel:
 
     def many(self, rows: Sequence[Row]) -> list[tuple[Tensor, ...]]:
         """Run it in place on many tensors, in one call or in a few by several threads; the partials of each row."""
-        first = self._names[0]
-        counts = [row.arrays[first].numel() for row in rows]
+        counts = [next(iter(row.arrays.values())).numel() for row in rows]  # a phase may use none but the index
         rooms = [self._room(count, row.offset) for count, row in zip(counts, rows, strict=True)]
         total, threads = sum(counts), torch.get_num_threads()
         if total <= WORTH_THREADS or threads == 1:

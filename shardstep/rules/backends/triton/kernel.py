@@ -72,9 +72,10 @@ class _TritonKernel:
                 raise ConfigError(f"expected a tensor low in {self._binding.low} beside param, got none; pass one")
             tensors.append(low)
         numbers = torch.tensor(scalars, dtype=torch.float64).to(self._binding.compute).tolist()
+        like = next(iter(arrays.values()))  # a phase may use none but the index
+        n = like.numel()
         if self._sums:
-            return self._reduce(tensors, numbers, offset)
-        n = tensors[0].numel()
+            return self._reduce(tensors, numbers, offset, like)
         body = n - n % ALIGNMENT if all(_is_aligned(tensor) for tensor in tensors) else 0
         for first, count in ((0, body), (body, n - body)):
             if count:
@@ -82,10 +83,10 @@ class _TritonKernel:
                 self._launch(-(-count // BLOCK), run, [count, offset + first, *numbers], aligned=first < body)
         return ()
 
-    def _reduce(self, tensors: list[Tensor], numbers: list[float], offset: int) -> tuple[Tensor, ...]:
-        n = tensors[0].numel()
+    def _reduce(self, tensors: list[Tensor], numbers: list[float], offset: int, like: Tensor) -> tuple[Tensor, ...]:
+        n = like.numel()
         blocks = -(-(offset + n) // BLOCK) - offset // BLOCK if n else 0
-        partials = [torch.empty(blocks, dtype=torch.float64, device=tensors[0].device) for _ in range(self._sums)]
+        partials = [torch.empty(blocks, dtype=torch.float64, device=like.device) for _ in range(self._sums)]
         if blocks:
             aligned = not n % ALIGNMENT and not offset % ALIGNMENT and all(_is_aligned(tensor) for tensor in tensors)
             grid = -(-blocks // BLOCKS_PER_PROGRAM)

@@ -1,0 +1,63 @@
+"""Real rules as machine code for GPUs: what the compiler made of them is what the instructions do, and no more."""
+
+import re
+from collections import Counter
+from functools import cache
+
+import pytest
+import torch
+
+from shardstep.optim.adamw import adamw
+from shardstep.rules.backends.triton import compile_text, source
+from shardstep.rules.binding import Binding
+from shardstep.rules.lower import program_of
+from shardstep.rules.passes import compile_phases, truths
+from tests.rules.examples import lamb, lion, sgd
+from tests.rules.test_triton import mnemonics
+
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+
+RULES = {"adamw": (adamw, {}), "lion": (lion, {}), "sgd": (sgd, {"nesterov": True, "weight_decay": 0.1}), "lamb": (lamb, {})}
+KERNELS = [("adamw", 0), ("lion", 0), ("sgd", 0), ("lamb", 0), ("lamb", 1)]
+BINDINGS = {"float32": (F32, F32, None), "float64": (F64, F64, None), "mixed": (F32, BF16, BF16)}
+"""The dtypes of the param and its states, of the gradient, and of the low copy."""
+
+BASIC = ("add", "sub", "mul", "div", "sqrt", "fma")
+
+
+def phases_of(name, compute):
+    rule, flags = RULES[name]
+    program = program_of(rule)
+    return compile_phases(program, truths(program, {**rule.hyperparameters, "step": 2, **flags}), compute).phases
+
+
+@cache
+def made(name, number, dtypes, arch):
+    """A phase, its binding and its instructions."""
+    compute, grad, low = BINDINGS[dtypes]
+    phase = phases_of(name, compute)[number]
+    stored = tuple((array, grad if array == "grad" else compute) for array in phase.body.shapes)
+    binding = Binding(compute, stored, low)
+    pytest.importorskip("triton")
+    return phase, binding, compile_text(phase, binding, arch)["ptx"]
+
+
+ON_DEVICES = pytest.mark.parametrize("arch", [80, 90])
+OF_DTYPES = pytest.mark.parametrize("dtypes", BINDINGS)
+OF_KERNELS = pytest.mark.parametrize(("name", "number"), KERNELS)
+
+
+def test_these_are_all_kernels():
+    assert [(name, number) for name in RULES for number in range(len(phases_of(name, F32)))] == KERNELS
+
+
+@ON_DEVICES
+@OF_DTYPES
+@OF_KERNELS
+def test_each_operation_is_one_correctly_rounded_instruction(name, number, dtypes, arch):
+    phase, binding, text = made(name, number, dtypes, arch)
+    assert not re.findall(r"\.(?:ftz|approx|full|sat)\b|\b(?:rcp|rsqrt|ex2|lg2|tanh)\.|\bmad\.(?:rn|f)|bf16", text)
+    kind = "f64" if binding.compute == F64 else "f32"
+    found = {key: count for key, count in mnemonics(text).items() if key.startswith(tuple(f"{op}." for op in BASIC))}
+    print(found, Counter(l.operation for l in phase.body.instructions))
+    assert 0
