@@ -43,7 +43,7 @@ def key(*parts: str) -> bytes:
 
 def fetch(key: bytes, make: Callable[[], bytes]) -> bytes:
     """The code of ``key``: from disk, or made and kept there. Without a directory that is safe: just made."""
-    cache = _open(_directory())
+    cache = _open(os.environ.get("SHARDSTEP_CACHE"), os.environ.get("XDG_CACHE_HOME"), os.environ.get("HOME"))
     if cache is None:
         return make()
     code = cache.get(key)
@@ -53,16 +53,10 @@ def fetch(key: bytes, make: Callable[[], bytes]) -> bytes:
     return code
 
 
-def _directory() -> Path:
-    if given := os.environ.get("SHARDSTEP_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shardstep"
-
-
 @functools.cache
-def _open(directory: Path) -> "Cache | None":
+def _open(given: str | None, caches: str | None, home: str | None) -> "Cache | None":
     try:
-        return Cache(directory)
+        return Cache(_directory(given, caches, home))
     except (_Refused, OSError, RuntimeError) as error:
         warnings.warn(
             f"expected a directory for compiled rules that only this user can write to, got {error}; rules are "
@@ -71,6 +65,13 @@ def _open(directory: Path) -> "Cache | None":
             stacklevel=2,
         )
         return None
+
+
+def _directory(given: str | None, caches: str | None, home: str | None) -> Path:
+    """By the variables that `fetch` reads. Raises RuntimeError for a user without a home."""
+    if given:
+        return Path(given)
+    return (Path(caches) if caches else (Path(home) if home else Path.home()) / ".cache") / "shardstep"
 
 
 class Cache:

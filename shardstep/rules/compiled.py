@@ -22,7 +22,7 @@ from shardstep.rules.ir import Phases, Program, State
 from shardstep.rules.language import Rule
 from shardstep.rules.locality import locality
 from shardstep.rules.lower import program_of
-from shardstep.rules.passes import compile_truths, cut, stages
+from shardstep.rules.passes import compile_truths, cut, stages, used_arrays
 from shardstep.rules.scalars import Scalars, compile_scalars
 from shardstep.types import Batch, Segment
 
@@ -85,11 +85,7 @@ class CompiledRule:
 
     def states(self, hypers: Hypers) -> tuple[State, ...]:
         """The states that are there with these flags, in order; the others are neither read nor written."""
-        used: set[str] = set()
-        for step in (1, 2):
-            program = self._program_for({**hypers, "step": step}, torch.float32)
-            used.update(str(line.attributes[0]) for line in program.instructions if line.operation == "load")
-            used.update(name for name, _ in program.stores)
+        used = used_arrays(self.program, hypers)
         return tuple(state for state in self.program.states if state.name in used)
 
     def update(self, batch: Batch, groups: Sequence[Hypers]) -> None:

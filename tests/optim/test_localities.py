@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 import shardstep as ss
 from shardstep.optim import Optimizer
+from shardstep.rules import rule, zeros
 from tests.rules.examples import adafactor, lion, muon, sgd
 from tests.rules.examples import lamb as lamb_rule
 from tests.sharding.models import Tied, Tokens
@@ -32,6 +33,24 @@ def test_every_example_steps_alone(rule):
     for param, start in zip(params, before, strict=True):
         assert torch.isfinite(param).all()
         assert not torch.equal(param, start)
+
+
+@rule
+def warm_up(param, grad, momentum_buffer=zeros, *, step, lr=0.1, momentum=0.5):
+    direction = grad
+    if step > 3:
+        momentum_buffer = momentum * momentum_buffer + grad
+        direction = momentum_buffer
+    return param - lr * direction, momentum_buffer
+
+
+def test_a_state_that_only_later_steps_need_is_there():
+    param = nn.Parameter(torch.zeros(2))
+    optimizer = optimizer_of(warm_up, [param])
+    for _ in range(5):
+        param.grad = torch.ones(2)
+        optimizer.step()
+    assert torch.allclose(param, torch.full((2,), -0.1 * (3 + 1 + 1.5)))
 
 
 @pytest.mark.parametrize("rule", [adafactor, muon], ids=lambda rule: rule.name)

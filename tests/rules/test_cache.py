@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -189,15 +190,19 @@ def test_the_oldest_files_go(room, monkeypatch):
     assert (room / "secret").exists()
 
 
-def test_where_it_is(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("SHARDSTEP_CACHE", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache._directory() == tmp_path / ".cache" / "shardstep"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache._directory() == tmp_path / "xdg" / "shardstep"
-    monkeypatch.setenv("SHARDSTEP_CACHE", str(tmp_path / "own"))
-    assert cache._directory() == tmp_path / "own"
+def test_where_it_is():
+    assert cache._directory(None, None, "/home") == Path("/home/.cache/shardstep")
+    assert cache._directory("", "/xdg", "/home") == Path("/xdg/shardstep")
+    assert cache._directory("/own", "/xdg", "/home") == Path("/own")
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch):
+    for name in ("SHARDSTEP_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    cache._open.cache_clear()
+    with pytest.warns(RuntimeWarning, match="no home"):
+        assert cache.fetch(KEY, lambda: CODE) == CODE
 
 
 def hammer(module, directory):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from shardstep.errors import RuleError
 from shardstep.rules.ir import Phases, Program, VerifyError, parse_text, to_text, verify
-from shardstep.rules.passes import compile_phases, compile_truths, conditions, pipeline, stages, truths
+from shardstep.rules.passes import compile_phases, compile_truths, conditions, pipeline, stages, truths, used_arrays
 from shardstep.rules.passes.common import share_common
 from shardstep.rules.passes.constants import fold_constants
 from shardstep.rules.passes.dead import drop_dead
@@ -161,6 +161,35 @@ def test_a_reduction_of_what_became_uniform_is_refused_by_its_line():
     assert verify(specialise(program, [False]))
     with pytest.raises(RuleError, match="rule 'r', line 7: expected element values in sum"):
         specialise(program, [True])
+
+
+WARM_UP = """rule r
+state m element = 0.0
+state v element = 0.0
+hyper step
+hyper flag
+%0 = load param : real element
+%1 = load grad : real element
+%2 = load m : real element
+%3 = hyper step : real uniform
+%4 = const 5.0 : real uniform
+%5 = gt %3 %4 : bool uniform
+%6 = choose %5 %1 %2 : real element
+%7 = hyper flag : bool uniform
+%8 = load v : real element
+%9 = choose %7 %1 %8 : real element
+%10 = add %0 %9 : real element
+%11 = choose %7 %10 %0 : real element
+store param %11
+store m %6
+store v %9
+"""
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_branch_of_later_steps_counts_among_what_is_used(flag):
+    used = {"param", "grad", "m"} | ({"v"} if flag else set())
+    assert used_arrays(verify(parse_text(WARM_UP)), {"flag": flag}) == used
 
 
 REFUSED = {

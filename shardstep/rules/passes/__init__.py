@@ -6,6 +6,6 @@ knows a back end, a dtype that an array is stored in, or an optimizer.
 """
 
 from shardstep.rules.passes.pipeline import compile_phases, cut, stages
-from shardstep.rules.passes.specialise import compile_truths, conditions, truths
+from shardstep.rules.passes.specialise import compile_truths, conditions, truths, used_arrays
 
-__all__ = ["compile_phases", "compile_truths", "conditions", "cut", "stages", "truths"]
+__all__ = ["compile_phases", "compile_truths", "conditions", "cut", "stages", "truths", "used_arrays"]

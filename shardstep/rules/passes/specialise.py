@@ -14,7 +14,7 @@ after       %0 = hyper maximize : bool uniform
 The branch keeps its own shape: where it is one number for all elements, what is made of it may become so too.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 from shardstep.errors import RuleError
@@ -69,6 +69,47 @@ def compile_truths(program: Program) -> TruthFunction:
         return seen[raw]
 
     return fast
+
+
+def used_arrays(program: Program, hypers: Mapping[str, object]) -> set[str]:
+    """The arrays that are read or written at some step: a branch that depends on ``step`` goes both ways."""
+    open_ = _made_of_step(program)
+
+    def outcomes(values: Sequence[int]) -> Iterator[int]:
+        """What the values may be: themselves, or what their branches give."""
+        stack, seen = list(values), set[int]()
+        while stack:
+            number = stack.pop()
+            line = program.instructions[number]
+            if line.operation != "choose":
+                yield number
+            elif number not in seen:
+                seen.add(number)
+                condition, yes, no = line.arguments
+                both = condition in open_
+                stack += (yes, no) if both else (yes if evaluate(program, (condition,), hypers, {})[0] else no,)
+
+    used, stack, seen = set[str](), list[int](), set[int]()
+    for name, value in program.stores:
+        changed = [n for n in outcomes([value]) if program.instructions[n].attributes != (name,)]
+        used.update([name] if changed or name == "param" else [])
+        stack += changed
+    while stack:
+        number = stack.pop()
+        if number not in seen:
+            seen.add(number)
+            line = program.instructions[number]
+            used.update([str(line.attributes[0])] if line.operation == "load" else [])
+            stack += outcomes(line.arguments)
+    return used
+
+
+def _made_of_step(program: Program) -> set[int]:
+    found: set[int] = set()
+    for number, line in enumerate(program.instructions):
+        if line.attributes == ("step",) or not found.isdisjoint(line.arguments):
+            found.add(number)
+    return found
 
 
 def specialise(program: Program, truths: Sequence[bool]) -> Program:
