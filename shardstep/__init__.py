@@ -20,7 +20,8 @@ from shardstep.errors import (
     SequenceError,
     ShardstepError,
 )
-from shardstep.rules import inline, rule, state, zeros
+from shardstep.optim.define import rule
+from shardstep.rules import inline, state, zeros
 from shardstep.sharding import MicroBatch, Sharded, digest, gathered, shard
 
 __all__ = [
