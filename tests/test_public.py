@@ -18,6 +18,7 @@ TREE = {
     "FreedParameterError": ("ShardstepError", "RuntimeError"),
     "SequenceError": ("ShardstepError", "RuntimeError"),
     "NonFiniteGradientError": ("ShardstepError", "ArithmeticError"),
+    "NonFiniteUpdateError": ("ShardstepError", "ArithmeticError"),
     "CollectiveError": ("ShardstepError", "RuntimeError"),
     "RankMismatchError": ("CollectiveError",),
 }
