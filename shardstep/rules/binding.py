@@ -57,10 +57,11 @@ def check_dtypes(segment: Segment) -> None:
 def check_arrays(segment: Segment) -> None:
     """Raise ConfigError unless all arrays are contiguous, of one length and on one device."""
     param, low = segment.param, segment.low
-    numel, device = param.numel(), param.device
-    for array in (param, segment.grad, *segment.state.values(), *(() if low is None else (low,))):
-        if array.dim() != 1 or array.numel() != numel or not array.is_contiguous() or array.device != device:
+    shape, device = param.shape, param.device
+    arrays = (param, segment.grad, *segment.state.values())
+    for array in arrays if low is None else (*arrays, low):
+        if array.shape != shape or not array.is_contiguous() or array.device != device or len(shape) != 1:
             raise ConfigError(
-                f"expected flat contiguous arrays of {numel} elements on {device}, got one of shape "
+                f"expected flat contiguous arrays of {param.numel()} elements on {device}, got one of shape "
                 f"{tuple(array.shape)} and strides {array.stride()} on {array.device}; pass flat views of one length"
             )

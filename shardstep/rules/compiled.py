@@ -51,21 +51,36 @@ class _Variant:
     counts: tuple[tuple[int, str], ...]
 
 
+@dataclass(frozen=True)
+class _Common:
+    """What segments of one group, step and scale share. ``scalars`` fills up: those of a variant's only phase."""
+
+    hypers: dict[str, object]
+    truths: tuple[bool, ...]
+    scalars: dict[int, tuple[float, ...]] = field(default_factory=dict)
+
+
 @dataclass
 class _Job:
     """One segment on its way through the phases. ``known``: what the host knows of its tensor, by number."""
 
     segment: Segment
     variant: _Variant
-    arrays: dict[str, Tensor]
-    hypers: dict[str, object]
-    known: dict[int, float] = field(default_factory=dict)
+    common: _Common
+    known: dict[int, float]
 
     def scalars(self, number: int) -> tuple[float, ...]:
-        return self.variant.passes[number].scalars(self.hypers, self.known)
+        return self.variant.passes[number].scalars(self.common.hypers, self.known)
 
     def sums(self, number: int) -> tuple[tuple[str, int], ...]:
         return self.variant.passes[number].sums if number < len(self.variant.passes) else ()
+
+    def partials(self, number: int) -> list[Tensor]:
+        """The block sums that a phase before the last makes."""
+        if not self.sums(number):
+            return []
+        kernel = self.variant.passes[number].kernel
+        return list(kernel(_arrays(self.segment), self.scalars(number), offset=self.segment.offset))
 
 
 class CompiledRule:
@@ -102,14 +117,29 @@ class CompiledRule:
             for segment in batch.segments:
                 self._update_whole(segment, groups[segment.group])
             return
-        jobs = [self._job(segment, groups[segment.group]) for segment in batch.segments]
-        if self.locality == "reduced":
+        found: dict[tuple[int, int, float], _Common] = {}
+        reduced, jobs = self.locality == "reduced", []
+        rows: dict[int, tuple[_Variant, list[llvm.Row]]] = {}
+        for segment in batch.segments:
+            check_arrays(segment)
+            key = (segment.group, segment.step, segment.grad_scale)
+            common = found.get(key) or found.setdefault(key, self._common(segment, groups[segment.group]))
+            variant = self._variant(segment, common)
+            if reduced:
+                jobs.append(_Job(segment, variant, common, {n: _counted(segment, what) for n, what in variant.counts}))
+                continue
+            scalars = common.scalars.get(id(variant))
+            if scalars is None:
+                scalars = common.scalars[id(variant)] = variant.passes[0].scalars(common.hypers, {})
+            row = llvm.Row(_arrays(segment), scalars, segment.offset, segment.low)
+            rows.setdefault(id(variant), (variant, []))[1].append(row)
+        if reduced:
             self._make_sums(batch, jobs, groups)
-        together: dict[int, list[_Job]] = {}
-        for job in jobs:
-            together.setdefault(id(job.variant), []).append(job)
-        for alike in together.values():
-            _run_last(alike)
+            for job in jobs:
+                row = llvm.Row(_arrays(job.segment), job.scalars(-1), job.segment.offset, job.segment.low)
+                rows.setdefault(id(job.variant), (job.variant, []))[1].append(row)
+        for variant, alike in rows.values():
+            _run(variant.passes[-1].kernel, alike)
 
     def _update_whole(self, segment: Segment, group: Hypers) -> None:
         """One whole tensor, on the reference back end."""
@@ -132,7 +162,7 @@ class CompiledRule:
         everywhere = [self._phases_for({**groups[group], "step": step}, torch.float32) for group, step in batch.updated]
         for number in range(max((len(phases.phases) for phases in everywhere), default=1) - 1):
             count = max(len(phases.phases[number].sums) for phases in everywhere if number < len(phases.phases))
-            partials = [list(_run(job, number)) if job.sums(number) else [] for job in jobs]
+            partials = [job.partials(number) for job in jobs]
             for job, whole in zip(jobs, batch.combine(partials, count), strict=True):
                 for (operation, value), parts in zip(job.sums(number), whole, strict=False):
                     job.known[value] = float(blocks.combine(operation, parts.cpu().numpy()))
@@ -149,30 +179,30 @@ class CompiledRule:
             self._phases[key] = cut(self._program_for(hypers, compute))
         return self._phases[key]
 
-    def _job(self, segment: Segment, group: Hypers) -> _Job:
+    def _common(self, segment: Segment, group: Hypers) -> _Common:
         hypers = {**group, "step": segment.step, "grad_scale": segment.grad_scale}
+        return _Common(hypers, self._truths(hypers))
+
+    def _variant(self, segment: Segment, common: _Common) -> _Variant:
         param, low = segment.param, segment.low
-        arrays = {"param": param, "grad": segment.grad, **segment.state}
+        stored = tuple([(name, values.dtype) for name, values in segment.state.items()])
         key = (
-            self._truths(hypers),
-            *(array.dtype for array in arrays.values()),
+            common.truths,
+            param.dtype,
+            segment.grad.dtype,
             None if low is None else low.dtype,
             param.device.type,
-            *segment.state,
+            stored,
         )
         variant = self._variants.get(key)
         if variant is None:
-            variant = self._variants[key] = self._compile(segment, hypers)
-        check_arrays(segment)
-        job = _Job(segment, variant, arrays, hypers)
-        for number, what in variant.counts:
-            job.known[number] = _counted(segment, what)
-        return job
+            variant = self._variants[key] = self._compile(segment, common.hypers)
+        return variant
 
     def _compile(self, segment: Segment, hypers: Hypers) -> _Variant:
         check_dtypes(segment)
         phases = self._phases_for(hypers, segment.param.dtype)
-        stored = {"param": segment.param, "grad": segment.grad, **segment.state}
+        stored = _arrays(segment)
         missing = [state.name for state in self.states(hypers) if state.name not in stored]
         if missing:
             raise ConfigError(f"expected the states {missing} of the rule {self._name!r}, got only {list(stored)[2:]}")
@@ -188,20 +218,17 @@ class CompiledRule:
         return _Variant(phases, tuple(passes), tuple((n, what) for n, what in counts if what in _COUNTS))
 
 
-def _run(job: _Job, number: int) -> tuple[Tensor, ...]:
-    """The partials of the sums of a phase that is not the last."""
-    return job.variant.passes[number].kernel(job.arrays, job.scalars(number), offset=job.segment.offset)
+def _arrays(segment: Segment) -> dict[str, Tensor]:
+    return {"param": segment.param, "grad": segment.grad, **segment.state}
 
 
-def _run_last(jobs: list[_Job]) -> None:
-    """The phase that stores, on segments that share their kernel."""
-    number = len(jobs[0].variant.passes) - 1
-    kernel = jobs[0].variant.passes[number].kernel
-    if len(jobs) > 1 and isinstance(kernel, llvm.LlvmKernel):
-        kernel.many([llvm.Row(j.arrays, j.scalars(number), j.segment.offset, j.segment.low) for j in jobs])
+def _run(kernel: PhaseKernel, rows: list[llvm.Row]) -> None:
+    """The phase that stores, on segments that share their kernel: in one call where the back end can."""
+    if len(rows) > 1 and isinstance(kernel, llvm.LlvmKernel):
+        kernel.many(rows)
         return
-    for job in jobs:
-        kernel(job.arrays, job.scalars(number), offset=job.segment.offset, low=job.segment.low)
+    for row in rows:
+        kernel(row.arrays, row.scalars, offset=row.offset, low=row.low)
 
 
 def _counted(segment: Segment, what: str) -> float:
