@@ -6,8 +6,8 @@ phase, and never knows where the parts of a tensor lie.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from shardstep.errors import ConfigError
+from shardstep.rules import noise
 from shardstep.rules.backends import blocks, llvm, reference, rounding, triton
-from shardstep.rules.binding import Binding, PhaseKernel, check_arrays, check_dtypes
+from shardstep.rules.binding import Binding, PhaseKernel, check_arrays, check_dtypes, compute_dtype
 from shardstep.rules.ir import Phases, Program, State
 from shardstep.rules.language import Rule
 from shardstep.rules.locality import locality
@@ -30,6 +31,10 @@ Hypers = Mapping[str, object]
 """Hyper-parameters by name: numbers, truth values, one-element tensors, or tuples of them."""
 
 _COUNTS: Final = frozenset({"numel", "rows", "columns"})
+
+
+_Form = tuple[tuple[bool, ...], torch.dtype, torch.dtype | None]
+"""Of a program: the truths of its conditions, the compute dtype, and what param is stochastically rounded to."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +84,8 @@ class CompiledRule:
             state.shape != "element" for state in self.program.states
         )
         self._truths = compile_truths(self.program)
-        self._programs: dict[tuple[tuple[bool, ...], torch.dtype], Program] = {}
-        self._phases: dict[tuple[tuple[bool, ...], torch.dtype], Phases] = {}
+        self._programs: dict[_Form, Program] = {}
+        self._phases: dict[_Form, Phases] = {}
         self._variants: dict[tuple[Any, ...], _Variant] = {}
 
     def states(self, hypers: Hypers) -> tuple[State, ...]:
@@ -106,7 +111,7 @@ class CompiledRule:
         if self.locality == "reduced":
             self._make_sums(batch, jobs, groups)
         together: dict[int, list[_Job]] = {}
-        for job in jobs:
+        for job in _with_one_key(jobs):
             together.setdefault(id(job.variant), []).append(job)
         for alike in together.values():
             _run_last(alike)
@@ -114,19 +119,19 @@ class CompiledRule:
     def _update_whole(self, segment: Segment, group: Hypers) -> None:
         """One whole tensor, on the reference back end."""
         check_dtypes(segment)
-        hypers = {**group, "step": segment.step, "grad_scale": segment.grad_scale}
-        program = self._program_for(hypers, segment.param.dtype)
+        hypers, compute = _hypers(segment, group), compute_dtype(segment)
+        program = self._program_for(hypers, compute, noise.rounded_dtype(segment))
         shape = segment.shape or ()
         arrays = {"param": segment.param.view(shape), "grad": segment.grad.view(shape)}
         for state in self.program.states:
             if state.name in segment.state:
                 values = segment.state[state.name]
                 arrays[state.name] = values.view(shape) if state.shape == "element" else values
-        new = reference.run_whole(program, arrays, hypers, compute=segment.param.dtype, offset=segment.offset)
+        new = reference.run_whole(program, arrays, hypers, compute=compute, offset=segment.offset)
         for name, values in new.items():
             arrays[name].copy_(values)
         if segment.low is not None:
-            rounding.write(rounding.read(segment.param, segment.param.dtype), segment.low)
+            rounding.write(rounding.read(segment.param, compute), segment.low)
 
     def _make_sums(self, batch: Batch, jobs: list[_Job], groups: Sequence[Hypers]) -> None:
         everywhere = [self._phases_for({**groups[group], "step": step}, torch.float32) for group, step in batch.updated]
@@ -137,20 +142,20 @@ class CompiledRule:
                 for (operation, value), parts in zip(job.sums(number), whole, strict=False):
                     job.known[value] = float(blocks.combine(operation, parts.cpu().numpy()))
 
-    def _program_for(self, hypers: Hypers, compute: torch.dtype) -> Program:
-        key = (self._truths(hypers), compute)
+    def _program_for(self, hypers: Hypers, compute: torch.dtype, rounded: torch.dtype | None = None) -> Program:
+        key = (self._truths(hypers), compute, rounded)
         if key not in self._programs:
             self._programs[key] = stages(self.program, *key)[-1][1]
         return self._programs[key]
 
-    def _phases_for(self, hypers: Hypers, compute: torch.dtype) -> Phases:
-        key = (self._truths(hypers), compute)
+    def _phases_for(self, hypers: Hypers, compute: torch.dtype, rounded: torch.dtype | None = None) -> Phases:
+        key = (self._truths(hypers), compute, rounded)
         if key not in self._phases:
-            self._phases[key] = cut(self._program_for(hypers, compute))
+            self._phases[key] = cut(self._program_for(hypers, compute, rounded))
         return self._phases[key]
 
     def _job(self, segment: Segment, group: Hypers) -> _Job:
-        hypers = {**group, "step": segment.step, "grad_scale": segment.grad_scale}
+        hypers = _hypers(segment, group)
         param, low = segment.param, segment.low
         arrays = {"param": param, "grad": segment.grad, **segment.state}
         key = (
@@ -158,6 +163,7 @@ class CompiledRule:
             *(array.dtype for array in arrays.values()),
             None if low is None else low.dtype,
             param.device.type,
+            segment.seed is None,
             *segment.state,
         )
         variant = self._variants.get(key)
@@ -171,7 +177,8 @@ class CompiledRule:
 
     def _compile(self, segment: Segment, hypers: Hypers) -> _Variant:
         check_dtypes(segment)
-        phases = self._phases_for(hypers, segment.param.dtype)
+        compute = compute_dtype(segment)
+        phases = self._phases_for(hypers, compute, noise.rounded_dtype(segment))
         stored = {"param": segment.param, "grad": segment.grad, **segment.state}
         missing = [state.name for state in self.states(hypers) if state.name not in stored]
         if missing:
@@ -180,12 +187,30 @@ class CompiledRule:
         for number, phase in enumerate(phases.phases):
             low = segment.low if number == len(phases.phases) - 1 else None
             dtypes = tuple((name, array.dtype) for name, array in stored.items())
-            binding = Binding(segment.param.dtype, dtypes, None if low is None else low.dtype)
+            binding = Binding(compute, dtypes, None if low is None else low.dtype)
             kernel = _back_end(segment.param.device)(phase, binding)
             sums = tuple((phase.body.instructions[inner].operation, outer) for inner, outer in phase.sums)
             passes.append(_Pass(kernel, compile_scalars(phases.program, phase.scalars), sums))
         counts = [(n, line.operation) for n, line in enumerate(phases.program.instructions)]
         return _Variant(phases, tuple(passes), tuple((n, what) for n, what in counts if what in _COUNTS))
+
+
+def _hypers(segment: Segment, group: Hypers) -> dict[str, object]:
+    """All that the host's scalars may be made of."""
+    hypers = {**group, "step": segment.step, "grad_scale": segment.grad_scale}
+    return hypers if segment.seed is None else {**hypers, noise.KEY: noise.key_of(segment, segment.seed)}
+
+
+def _with_one_key(jobs: list[_Job]) -> Iterator[_Job]:
+    """The jobs, cut where the key of the noise changes."""
+    for job in jobs:
+        seed = job.segment.seed
+        if seed is None or not noise.has_turn(job.segment):
+            yield job
+            continue
+        for part in noise.between_turns(job.segment):
+            arrays = {"param": part.param, "grad": part.grad, **part.state}
+            yield replace(job, segment=part, arrays=arrays, hypers={**job.hypers, noise.KEY: noise.key_of(part, seed)})
 
 
 def _run(job: _Job, number: int) -> tuple[Tensor, ...]:
