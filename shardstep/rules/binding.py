@@ -40,11 +40,16 @@ class PhaseKernel(Protocol):
 _STORED: Final = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 
+def compute_dtype(segment: Segment) -> torch.dtype:
+    """What a segment is computed in: a 16-bit param, in float32."""
+    return torch.float32 if segment.param.dtype in (torch.bfloat16, torch.float16) else segment.param.dtype
+
+
 def check_dtypes(segment: Segment) -> None:
     """Raise ConfigError for dtypes that no kernel can be made for."""
-    compute = segment.param.dtype
-    if compute not in (torch.float32, torch.float64):
-        raise ConfigError(f"expected a float32 or float64 param, got {compute}; keep a float32 master of it")
+    compute = compute_dtype(segment)
+    if segment.param.dtype not in _STORED:
+        raise ConfigError(f"expected a floating-point param, got {segment.param.dtype}; keep a float32 master of it")
     if segment.grad.dtype not in _STORED:
         raise ConfigError(f"expected a floating-point grad, got {segment.grad.dtype}; convert it")
     for name, state in segment.state.items():
