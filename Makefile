@@ -3,16 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
+DEV := $(VENV)/.ready-to-develop
 
 .PHONY: demo test check bench clean
 
 demo: $(READY)
 	$(RUN) -m shardstep demo
 
-test: $(READY)
+test: $(DEV)
 	$(RUN) -m pytest -q
 
-check: $(READY)
+check: $(DEV)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy --strict shardstep
@@ -30,5 +31,9 @@ $(READY): pyproject.toml constraints.txt
 	    "shardstep needs Python 3.11 or newer, got %d.%d; say make PYTHON=python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(RUN) -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(DEV): $(READY)
 	$(RUN) -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@

@@ -25,67 +25,29 @@ from torch import Tensor
 
 from benchmarks import machine
 from benchmarks.stats import Spread
-from shardstep.rules.backends.llvm import LlvmKernel, Row, compile_phase
-from shardstep.rules.binding import Binding
-from shardstep.rules.ir import Phase, parse_text, verify
+from shardstep.optim.adamw import adamw
+from shardstep.rules.compiled import compile_rule
+from shardstep.types import Batch, Segment
 
-ADAMW = """rule adamw
-state m element = 0.0
-state v element = 0.0
-hyper s0
-hyper s1
-hyper s2
-hyper s3
-hyper s4
-hyper s5
-hyper s6
-hyper s7
-%0 = load param : real element
-%1 = load grad : real element
-%2 = load m : real element
-%3 = load v : real element
-%4 = hyper s0 : real uniform
-%5 = mul %1 %4 : real element
-%6 = sub %5 %2 : real element
-%7 = hyper s1 : real uniform
-%8 = fma %7 %6 %2 : real element
-%9 = hyper s2 : real uniform
-%10 = mul %9 %5 : real element
-%11 = hyper s3 : real uniform
-%12 = mul %3 %11 : real element
-%13 = fma %10 %5 %12 : real element
-%14 = sqrt %13 : real element
-%15 = hyper s4 : real uniform
-%16 = div %14 %15 : real element
-%17 = hyper s5 : real uniform
-%18 = add %16 %17 : real element
-%19 = hyper s6 : real uniform
-%20 = mul %8 %19 : real element
-%21 = div %20 %18 : real element
-%22 = hyper s7 : real uniform
-%23 = mul %0 %22 : real element
-%24 = sub %23 %21 : real element
-store param %24
-store m %8
-store v %13
-"""
 GRAD_SCALE = 0.37
-SCALARS = (GRAD_SCALE, 0.1, 0.001, 0.999, 0.8, 1e-8, 1e-3, 0.99999)
+GROUP = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 STEP_BYTES, STREAM_BYTES = 28, 8
 SKEW_BYTES = 17_408
 STREAMS = {"param": 4, "grad": 4, "m": 4, "v": 4, "grad16": 2, "low": 2}
 
-FP32 = Binding(torch.float32, tuple((name, torch.float32) for name in ("param", "grad", "m", "v")))
-MIXED = Binding(
-    torch.float32, tuple((n, torch.bfloat16 if n == "grad" else torch.float32) for n, _ in FP32.stored), torch.bfloat16
-)
-
 Run = Callable[[], Any]
 
 
-def compiled(binding: Binding) -> LlvmKernel:
-    """The kernel that is measured."""
-    return compile_phase(Phase(verify(parse_text(ADAMW)), tuple(range(len(SCALARS)))), binding)
+def ours(segments: list[Segment]) -> Run:
+    """An update of ``segments`` as an optimizer asks for it."""
+    batch = Batch(segments, [(segment.group, segment.step) for segment in segments], lambda sums, _: sums)
+    return lambda: compile_rule(adamw).update(batch, [GROUP])
+
+
+def segment(param: Tensor, grad: Tensor, m: Tensor, v: Tensor, low: Tensor | None) -> Segment:
+    """One tensor in its second step."""
+    scale = 1.0 if low is None else GRAD_SCALE
+    return Segment(0, 2, param, grad, {"exp_avg": m, "exp_avg_sq": v}, low, scale)
 
 
 def buffers(numel: int, skewed: bool) -> dict[str, Tensor]:
@@ -111,9 +73,9 @@ def contestants(streams: dict[str, Tensor], sizes: list[int]) -> dict[str, Run]:
     param, grad, m, v, grad16, low = (streams[name] for name in STREAMS)
     split = {name: torch.split(tensor, sizes) for name, tensor in streams.items()}
     whole, parts = fused([param], [grad], [m], [v]), fused(*(split[name] for name in ("param", "grad", "m", "v")))
-    ours, mixed = compiled(FP32), compiled(MIXED)
-    exact = {"param": param, "grad": grad, "m": m, "v": v}
-    narrow = {**exact, "grad": grad16}
+    tensors = [{name: parts[k] for name, parts in split.items()} for k in range(len(sizes))]
+    exact = [segment(t["param"], t["grad"], t["m"], t["v"], None) for t in tensors]
+    mixed = [segment(t["param"], t["grad16"], t["m"], t["v"], t["low"]) for t in tensors]
 
     def best() -> None:
         grad.copy_(grad16)
@@ -130,23 +92,16 @@ def contestants(streams: dict[str, Tensor], sizes: list[int]) -> dict[str, Run]:
         owner.grad = grad
         low.copy_(param)
 
-    def rows(names: dict[str, str], low_too: bool) -> list[Row]:
-        return [
-            Row({n: split[s][k] for n, s in names.items()}, SCALARS, low=split["low"][k] if low_too else None)
-            for k in range(len(sizes))
-        ]
-
-    names = {name: name for name in exact}
     return {
         "stream a = q * a": lambda: m.mul_(0.9999),
         "fp32, torch fused": whole.step,
         "fp32, torch fused, 200 tensors": parts.step,
-        "fp32, ours": lambda: ours(exact, SCALARS),
-        "fp32, ours, 200 tensors": lambda: ours.many(rows(names, False)),
+        "fp32, ours": ours([segment(param, grad, m, v, None)]),
+        "fp32, ours, 200 tensors": ours(exact),
         "mixed, torch, reused buffers": best,
         "mixed, torch, g.float()": common,
-        "mixed, ours": lambda: mixed(narrow, SCALARS, low=low),
-        "mixed, ours, 200 tensors": lambda: mixed.many(rows({**names, "grad": "grad16"}, True)),
+        "mixed, ours": ours([segment(param, grad16, m, v, low)]),
+        "mixed, ours, 200 tensors": ours(mixed),
     }
 
 
@@ -193,7 +148,7 @@ import gc, time, torch
 from benchmarks import kernels
 gc.collect()  # of torch's objects: 90 ms, which otherwise fall on whoever makes the next few
 a = time.process_time(); import shardstep.rules.backends.llvm.compiler as c; c.find_target(None)
-b = time.process_time(); kernels.compiled(kernels.MIXED)
+b = time.process_time(); kernels.ours([kernels.segment(*torch.ones(4, 64), None)])()
 print(1e3 * (b - a), 1e3 * (time.process_time() - b))
 """
 

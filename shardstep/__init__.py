@@ -14,13 +14,15 @@ from shardstep.errors import (
     ConfigError,
     FreedParameterError,
     NonFiniteGradientError,
+    NonFiniteUpdateError,
     OwnershipError,
     RankMismatchError,
     RuleError,
     SequenceError,
     ShardstepError,
 )
-from shardstep.rules import inline, rule, state, zeros
+from shardstep.optim.define import rule
+from shardstep.rules import inline, state, zeros
 from shardstep.sharding import MicroBatch, Sharded, digest, gathered, shard
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "FreedParameterError",
     "MicroBatch",
     "NonFiniteGradientError",
+    "NonFiniteUpdateError",
     "OwnershipError",
     "Precision",
     "RankMismatchError",

@@ -7,6 +7,7 @@
     ├── FreedParameterError (RuntimeError)  a value read while its unit is freed
     ├── SequenceError (RuntimeError)        calls in an order that has no meaning
     ├── NonFiniteGradientError (ArithmeticError)
+    ├── NonFiniteUpdateError (ArithmeticError)
     └── CollectiveError (RuntimeError)      a collective failed: a peer died, or time ran out
         └── RankMismatchError               the ranks do not do the same thing
 
@@ -40,6 +41,10 @@ class SequenceError(ShardstepError, RuntimeError):
 
 class NonFiniteGradientError(ShardstepError, ArithmeticError):
     """The gradients hold NaN or Inf, so their norm cannot clip anything."""
+
+
+class NonFiniteUpdateError(ShardstepError, ArithmeticError):
+    """An update made an infinity or NaN; raised by ``shard(..., trace_nonfinite=True)``."""
 
 
 class CollectiveError(ShardstepError, RuntimeError):

@@ -20,6 +20,10 @@ class Segment:
     ``grad_scale`` on the way in; ``low``, if any, receives the new parameters rounded to its dtype. ``offset`` is
     the place of element 0 in its flat space, which does not depend on who owns what. ``shape`` is the whole
     tensor's where the segment is a part of one tensor, and None where it may run over several.
+
+    ``param`` may also be bfloat16 or float16, without a master: then all is computed in float32, and the new
+    parameters are rounded stochastically if there is a ``seed``, else to nearest even. The noise is a function of
+    (``seed``, ``step``, place in the flat space), so flat spaces that are updated alike need different seeds.
     """
 
     group: int
@@ -31,6 +35,7 @@ class Segment:
     grad_scale: float
     offset: int = 0
     shape: tuple[int, ...] | None = None
+    seed: int | None = None
 
 
 @dataclass

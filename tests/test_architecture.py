@@ -10,14 +10,20 @@ PACKAGE = Path(__file__).parents[1] / "shardstep"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def names_used(file: Path) -> Iterator[str]:
-    """Every dotted name that a file imports or spells out as attributes."""
+def imports(file: Path) -> Iterator[str]:
+    """Every dotted name that a file imports."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Attribute):
+
+
+def names_used(file: Path) -> Iterator[str]:
+    """Every dotted name that a file imports or spells out as attributes."""
+    yield from imports(file)
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute):
             yield ast.unparse(node)
 
 
@@ -31,6 +37,15 @@ def named(file: Path) -> str:
 
 def test_torch_distributed_has_one_door() -> None:
     assert [named(file) for file in FILES if touches(file, "torch.distributed")] == ["collectives.py"]
+
+
+@pytest.mark.parametrize(
+    ("package", "door"),
+    [("llvmlite", "rules/backends/llvm/compiler.py"), ("triton", "rules/backends/triton/kernel.py")],
+)
+def test_each_compiler_has_one_door(package: str, door: str) -> None:
+    imported = {named(file) for file in FILES for name in imports(file) if name.split(".")[0] == package}
+    assert imported == {door}
 
 
 @pytest.mark.parametrize("package", ["pickle", "cloudpickle", "dill", "marshal", "shelve", "torch.load"])

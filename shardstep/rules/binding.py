@@ -40,11 +40,16 @@ class PhaseKernel(Protocol):
 _STORED: Final = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 
+def compute_dtype(segment: Segment) -> torch.dtype:
+    """What a segment is computed in: a 16-bit param, in float32."""
+    return torch.float32 if segment.param.dtype in (torch.bfloat16, torch.float16) else segment.param.dtype
+
+
 def check_dtypes(segment: Segment) -> None:
     """Raise ConfigError for dtypes that no kernel can be made for."""
-    compute = segment.param.dtype
-    if compute not in (torch.float32, torch.float64):
-        raise ConfigError(f"expected a float32 or float64 param, got {compute}; keep a float32 master of it")
+    compute = compute_dtype(segment)
+    if segment.param.dtype not in _STORED:
+        raise ConfigError(f"expected a floating-point param, got {segment.param.dtype}; keep a float32 master of it")
     if segment.grad.dtype not in _STORED:
         raise ConfigError(f"expected a floating-point grad, got {segment.grad.dtype}; convert it")
     for name, state in segment.state.items():
@@ -57,10 +62,11 @@ def check_dtypes(segment: Segment) -> None:
 def check_arrays(segment: Segment) -> None:
     """Raise ConfigError unless all arrays are contiguous, of one length and on one device."""
     param, low = segment.param, segment.low
-    numel, device = param.numel(), param.device
-    for array in (param, segment.grad, *segment.state.values(), *(() if low is None else (low,))):
-        if array.dim() != 1 or array.numel() != numel or not array.is_contiguous() or array.device != device:
+    shape, device = param.shape, param.device
+    arrays = (param, segment.grad, *segment.state.values())
+    for array in arrays if low is None else (*arrays, low):
+        if array.shape != shape or not array.is_contiguous() or array.device != device or len(shape) != 1:
             raise ConfigError(
-                f"expected flat contiguous arrays of {numel} elements on {device}, got one of shape "
+                f"expected flat contiguous arrays of {param.numel()} elements on {device}, got one of shape "
                 f"{tuple(array.shape)} and strides {array.stride()} on {array.device}; pass flat views of one length"
             )

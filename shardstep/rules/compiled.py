@@ -6,8 +6,8 @@ phase, and never knows where the parts of a tensor lie.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from shardstep.errors import ConfigError
+from shardstep.rules import noise
 from shardstep.rules.backends import blocks, llvm, reference, rounding, triton
-from shardstep.rules.binding import Binding, PhaseKernel, check_arrays, check_dtypes
+from shardstep.rules.binding import Binding, PhaseKernel, check_arrays, check_dtypes, compute_dtype
 from shardstep.rules.ir import Phases, Program, State
 from shardstep.rules.language import Rule
 from shardstep.rules.locality import locality
@@ -30,6 +31,10 @@ Hypers = Mapping[str, object]
 """Hyper-parameters by name: numbers, truth values, one-element tensors, or tuples of them."""
 
 _COUNTS: Final = frozenset({"numel", "rows", "columns"})
+
+
+_Form = tuple[tuple[bool, ...], torch.dtype, torch.dtype | None]
+"""Of a program: the truths of its conditions, the compute dtype, and what param is stochastically rounded to."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +56,43 @@ class _Variant:
     counts: tuple[tuple[int, str], ...]
 
 
-@dataclass
+@dataclass(slots=True)
+class _Common:
+    """What segments share that are updated alike. ``scalars`` fills up: those of each variant without sums."""
+
+    hypers: dict[str, object]
+    truths: tuple[bool, ...]
+    scalars: dict[int, tuple[float, ...]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class _Job:
     """One segment on its way through the phases. ``known``: what the host knows of its tensor, by number."""
 
     segment: Segment
     variant: _Variant
-    arrays: dict[str, Tensor]
-    hypers: dict[str, object]
-    known: dict[int, float] = field(default_factory=dict)
-
-    def scalars(self, number: int) -> tuple[float, ...]:
-        return self.variant.passes[number].scalars(self.hypers, self.known)
+    common: _Common
+    known: dict[int, float]
 
     def sums(self, number: int) -> tuple[tuple[str, int], ...]:
         return self.variant.passes[number].sums if number < len(self.variant.passes) else ()
+
+    def partials(self, number: int) -> list[Tensor]:
+        """The block sums that a phase before the last makes."""
+        if not self.sums(number):
+            return []
+        phase = self.variant.passes[number]
+        scalars = phase.scalars(self.common.hypers, self.known)
+        return list(phase.kernel(_arrays(self.segment), scalars, offset=self.segment.offset))
+
+    def row(self) -> llvm.Row:
+        """What the last phase is called with."""
+        scalars = self.common.scalars.get(id(self.variant))
+        if scalars is None:
+            scalars = self.variant.passes[-1].scalars(self.common.hypers, self.known)
+            if not self.known:
+                self.common.scalars[id(self.variant)] = scalars
+        return llvm.Row(_arrays(self.segment), scalars, self.segment.offset, self.segment.low)
 
 
 class CompiledRule:
@@ -79,8 +106,8 @@ class CompiledRule:
             state.shape != "element" for state in self.program.states
         )
         self._truths = compile_truths(self.program)
-        self._programs: dict[tuple[tuple[bool, ...], torch.dtype], Program] = {}
-        self._phases: dict[tuple[tuple[bool, ...], torch.dtype], Phases] = {}
+        self._programs: dict[_Form, Program] = {}
+        self._phases: dict[_Form, Phases] = {}
         self._variants: dict[tuple[Any, ...], _Variant] = {}
 
     def states(self, hypers: Hypers) -> tuple[State, ...]:
@@ -98,77 +125,83 @@ class CompiledRule:
             for segment in batch.segments:
                 self._update_whole(segment, groups[segment.group])
             return
-        jobs = [self._job(segment, groups[segment.group]) for segment in batch.segments]
+        jobs = self._jobs(batch.segments, groups)
         if self.locality == "reduced":
             self._make_sums(batch, jobs, groups)
-        together: dict[int, list[_Job]] = {}
-        for job in jobs:
-            together.setdefault(id(job.variant), []).append(job)
-        for alike in together.values():
-            _run_last(alike)
+        together: dict[int, tuple[_Variant, list[llvm.Row]]] = {}
+        for job in _with_one_key(jobs):
+            together.setdefault(id(job.variant), (job.variant, []))[1].append(job.row())
+        for variant, rows in together.values():
+            _run(variant.passes[-1].kernel, rows)
 
     def _update_whole(self, segment: Segment, group: Hypers) -> None:
         """One whole tensor, on the reference back end."""
         check_dtypes(segment)
-        hypers = {**group, "step": segment.step, "grad_scale": segment.grad_scale}
-        program = self._program_for(hypers, segment.param.dtype)
+        hypers, compute = _hypers(segment, group), compute_dtype(segment)
+        program = self._program_for(hypers, compute, noise.rounded_dtype(segment))
         shape = segment.shape or ()
         arrays = {"param": segment.param.view(shape), "grad": segment.grad.view(shape)}
         for state in self.program.states:
             if state.name in segment.state:
                 values = segment.state[state.name]
                 arrays[state.name] = values.view(shape) if state.shape == "element" else values
-        new = reference.run_whole(program, arrays, hypers, compute=segment.param.dtype, offset=segment.offset)
+        new = reference.run_whole(program, arrays, hypers, compute=compute, offset=segment.offset)
         for name, values in new.items():
             arrays[name].copy_(values)
         if segment.low is not None:
-            rounding.write(rounding.read(segment.param, segment.param.dtype), segment.low)
+            rounding.write(rounding.read(segment.param, compute), segment.low)
 
     def _make_sums(self, batch: Batch, jobs: list[_Job], groups: Sequence[Hypers]) -> None:
         everywhere = [self._phases_for({**groups[group], "step": step}, torch.float32) for group, step in batch.updated]
         for number in range(max((len(phases.phases) for phases in everywhere), default=1) - 1):
             count = max(len(phases.phases[number].sums) for phases in everywhere if number < len(phases.phases))
-            partials = [list(_run(job, number)) if job.sums(number) else [] for job in jobs]
+            partials = [job.partials(number) for job in jobs]
             for job, whole in zip(jobs, batch.combine(partials, count), strict=True):
                 for (operation, value), parts in zip(job.sums(number), whole, strict=False):
                     job.known[value] = float(blocks.combine(operation, parts.cpu().numpy()))
 
-    def _program_for(self, hypers: Hypers, compute: torch.dtype) -> Program:
-        key = (self._truths(hypers), compute)
+    def _program_for(self, hypers: Hypers, compute: torch.dtype, rounded: torch.dtype | None = None) -> Program:
+        key = (self._truths(hypers), compute, rounded)
         if key not in self._programs:
             self._programs[key] = stages(self.program, *key)[-1][1]
         return self._programs[key]
 
-    def _phases_for(self, hypers: Hypers, compute: torch.dtype) -> Phases:
-        key = (self._truths(hypers), compute)
+    def _phases_for(self, hypers: Hypers, compute: torch.dtype, rounded: torch.dtype | None = None) -> Phases:
+        key = (self._truths(hypers), compute, rounded)
         if key not in self._phases:
-            self._phases[key] = cut(self._program_for(hypers, compute))
+            self._phases[key] = cut(self._program_for(hypers, compute, rounded))
         return self._phases[key]
 
-    def _job(self, segment: Segment, group: Hypers) -> _Job:
-        hypers = {**group, "step": segment.step, "grad_scale": segment.grad_scale}
-        param, low = segment.param, segment.low
-        arrays = {"param": param, "grad": segment.grad, **segment.state}
-        key = (
-            self._truths(hypers),
-            *(array.dtype for array in arrays.values()),
-            None if low is None else low.dtype,
-            param.device.type,
-            *segment.state,
-        )
+    def _jobs(self, segments: Sequence[Segment], groups: Sequence[Hypers]) -> list[_Job]:
+        found: dict[tuple[object, ...], _Common] = {}
+        jobs = []
+        for segment in segments:
+            check_arrays(segment)
+            turn = 0 if segment.seed is None else segment.offset // noise.TURN
+            alike = (segment.group, segment.step, segment.grad_scale, segment.seed, turn)
+            common = found.get(alike)
+            if common is None:
+                hypers = _hypers(segment, groups[segment.group])
+                common = found[alike] = _Common(hypers, self._truths(hypers))
+            variant = self._variant(segment, common)
+            jobs.append(_Job(segment, variant, common, {n: _counted(segment, what) for n, what in variant.counts}))
+        return jobs
+
+    def _variant(self, segment: Segment, common: _Common) -> _Variant:
+        param, low, seeded = segment.param, segment.low, segment.seed is not None
+        states = tuple([(name, values.dtype) for name, values in segment.state.items()])
+        narrow = None if low is None else low.dtype
+        key = (common.truths, param.dtype, segment.grad.dtype, states, narrow, seeded, param.device.type)
         variant = self._variants.get(key)
         if variant is None:
-            variant = self._variants[key] = self._compile(segment, hypers)
-        check_arrays(segment)
-        job = _Job(segment, variant, arrays, hypers)
-        for number, what in variant.counts:
-            job.known[number] = _counted(segment, what)
-        return job
+            variant = self._variants[key] = self._compile(segment, common.hypers)
+        return variant
 
     def _compile(self, segment: Segment, hypers: Hypers) -> _Variant:
         check_dtypes(segment)
-        phases = self._phases_for(hypers, segment.param.dtype)
-        stored = {"param": segment.param, "grad": segment.grad, **segment.state}
+        compute = compute_dtype(segment)
+        phases = self._phases_for(hypers, compute, noise.rounded_dtype(segment))
+        stored = _arrays(segment)
         missing = [state.name for state in self.states(hypers) if state.name not in stored]
         if missing:
             raise ConfigError(f"expected the states {missing} of the rule {self._name!r}, got only {list(stored)[2:]}")
@@ -176,7 +209,7 @@ class CompiledRule:
         for number, phase in enumerate(phases.phases):
             low = segment.low if number == len(phases.phases) - 1 else None
             dtypes = tuple((name, array.dtype) for name, array in stored.items())
-            binding = Binding(segment.param.dtype, dtypes, None if low is None else low.dtype)
+            binding = Binding(compute, dtypes, None if low is None else low.dtype)
             kernel = _back_end(segment.param.device)(phase, binding)
             sums = tuple((phase.body.instructions[inner].operation, outer) for inner, outer in phase.sums)
             passes.append(_Pass(kernel, compile_scalars(phases.program, phase.scalars), sums))
@@ -184,20 +217,35 @@ class CompiledRule:
         return _Variant(phases, tuple(passes), tuple((n, what) for n, what in counts if what in _COUNTS))
 
 
-def _run(job: _Job, number: int) -> tuple[Tensor, ...]:
-    """The partials of the sums of a phase that is not the last."""
-    return job.variant.passes[number].kernel(job.arrays, job.scalars(number), offset=job.segment.offset)
+def _hypers(segment: Segment, group: Hypers) -> dict[str, object]:
+    """All that the host's scalars may be made of."""
+    hypers = {**group, "step": segment.step, "grad_scale": segment.grad_scale}
+    return hypers if segment.seed is None else {**hypers, noise.KEY: noise.key_of(segment, segment.seed)}
 
 
-def _run_last(jobs: list[_Job]) -> None:
-    """The phase that stores, on segments that share their kernel."""
-    number = len(jobs[0].variant.passes) - 1
-    kernel = jobs[0].variant.passes[number].kernel
-    if len(jobs) > 1 and isinstance(kernel, llvm.LlvmKernel):
-        kernel.many([llvm.Row(j.arrays, j.scalars(number), j.segment.offset, j.segment.low) for j in jobs])
-        return
+def _with_one_key(jobs: list[_Job]) -> Iterator[_Job]:
+    """The jobs, cut where the key of the noise changes."""
     for job in jobs:
-        kernel(job.arrays, job.scalars(number), offset=job.segment.offset, low=job.segment.low)
+        seed = job.segment.seed
+        if seed is None or not noise.has_turn(job.segment):
+            yield job
+            continue
+        for part in noise.between_turns(job.segment):
+            hypers = {**job.common.hypers, noise.KEY: noise.key_of(part, seed)}
+            yield replace(job, segment=part, common=replace(job.common, hypers=hypers, scalars={}))
+
+
+def _arrays(segment: Segment) -> dict[str, Tensor]:
+    return {"param": segment.param, "grad": segment.grad, **segment.state}
+
+
+def _run(kernel: PhaseKernel, rows: list[llvm.Row]) -> None:
+    """The phase that stores, on segments that share their kernel: in one call where the back end can."""
+    if len(rows) > 1 and isinstance(kernel, llvm.LlvmKernel):
+        kernel.many(rows)
+        return
+    for row in rows:
+        kernel(row.arrays, row.scalars, offset=row.offset, low=row.low)
 
 
 def _counted(segment: Segment, what: str) -> float:

@@ -27,8 +27,11 @@ Elements: TypeAlias = Any
 
 Hyperparameters: TypeAlias = Mapping[str, float | tuple[float, ...] | None]
 
-RESERVED: Final = frozenset({"step", "grad_scale"})
-"""Names with a meaning of their own: the count of updates from 1, and what the gradient is multiplied by."""
+_PUT_IN: Final = frozenset({"grad_scale", "rounding_key"})
+"""Hyper-parameters that the compiler adds: what the gradient is multiplied by, and the key of stochastic rounding."""
+
+RESERVED: Final = _PUT_IN | {"step"}
+"""Names with a meaning of their own; ``step`` is the count of updates from 1."""
 
 _LARGEST: Final = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float32": 3.4028234663852886e38}
 _SMALLEST: Final = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-149}
@@ -130,7 +133,7 @@ def _plain(function: Callable[..., Any], decorator: str) -> types.FunctionType:
         if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
             text = f"expected every argument by name, got {argument}"
             _refuse(function, argument.name, "E27", text, "list the arguments")
-        if argument.name in WORDS or argument.name == "grad_scale":
+        if argument.name in WORDS or argument.name in _PUT_IN:
             text = f"the argument {argument.name!r} has the name of what the language has already"
             _refuse(function, argument.name, "E28", text, "give it another name")
     return function

@@ -72,6 +72,11 @@ def debug(rule: Rule, values: Mapping[str, float], hypers: Mapping[str, object])
     return "\n".join([*told, _culprit(lines, source)]) + "\n"
 
 
+def explain(rule: Rule, values: Mapping[str, float], hypers: Mapping[str, object], compute: torch.dtype) -> str:
+    """Which line of ``rule`` makes the first infinity or NaN of one element; all values are given."""
+    return _culprit(trace_values(program_of(rule), values, hypers, compute), rule.function.__code__.co_filename)
+
+
 def complete(rule: Rule, given: Mapping[str, object]) -> dict[str, object]:
     """All hyper-parameters: those given, then the defaults. Raises ConfigError for unknown and missing ones."""
     if unknown := given.keys() - rule.hyperparameters.keys() - {"step"}:

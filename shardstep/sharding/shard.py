@@ -24,6 +24,7 @@ from shardstep.sharding.formula import Formula, SpaceSize
 from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.hooks import Hooks
 from shardstep.sharding.memory import Bytes, Ledger
+from shardstep.sharding.nonfinite import NonFiniteTrace
 from shardstep.sharding.space import Space
 from shardstep.sharding.step import Step
 from shardstep.sharding.unit import Unit
@@ -122,6 +123,7 @@ def shard(
     clip_norm: float | None = None,
     schedule: str | None = None,
     prefetch: int = 1,
+    trace_nonfinite: bool = False,
     group: ProcessGroup | None = None,
 ) -> Sharded:
     """Shard ``model`` and ``optimizer`` in place over the ranks of ``group`` (all of them by default).
@@ -132,6 +134,8 @@ def shard(
     ``precision``: dtypes of computation, communication and master; by default the parameters' own, with a
     float32 master for low-precision ones. ``clip_norm``: clip the mean gradient to this global 2-norm.
     ``schedule``: 'per leaf' (default) or 'per step' (stages 0 and 1). ``prefetch``: units gathered ahead.
+    ``trace_nonfinite``: a step that makes an infinity or NaN raises NonFiniteUpdateError, which names the parameter,
+    the element, the rank and the line of the rule; for debugging, since it copies what is updated.
 
     All ranks call it with models of equal structure; they go on from rank 0's values. Raises ConfigError,
     OwnershipError or RankMismatchError before anything is changed.
@@ -143,7 +147,7 @@ def shard(
     schedule_ = checked_schedule(schedule, {plan.name: plan.stage for plan in plans})
     ranks = Group(group)
     buffers = Buffers(model, ranks)
-    _check_equal_on_all_ranks(_described(plans, buffers, schedule_, clip_norm), ranks)
+    _check_equal_on_all_ranks(_described(plans, buffers, schedule_, clip_norm, trace_nonfinite), ranks)
 
     ledger = Ledger(device)
     buffers.follow_rank_0()
@@ -154,7 +158,8 @@ def shard(
     flags = sum(len(space.parameters) for space in trained) + len(buffers.owners)
     agreement = Agreement(ranks, flags)
     gradients = Gradients(trained, ranks, ledger, schedule_, agreement)
-    step = Step(optimizer, trained, gradients, agreement, buffers, clip_norm, ranks, ledger)
+    trace = NonFiniteTrace(optimizer, ranks) if trace_nonfinite else None
+    step = Step(optimizer, trained, gradients, agreement, buffers, clip_norm, trace, ranks, ledger)
     Hooks(built, gradients, agreement, Attached(model, built), prefetch, precision.params if precision else None)
     whole = Whole(model, built, gradients, agreement, ranks)
     for module in model.modules():
@@ -238,7 +243,7 @@ def _check_ownership(model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def _described(
-    plans: list[UnitPlan], buffers: Buffers, schedule: str, clip_norm: float | None
+    plans: list[UnitPlan], buffers: Buffers, schedule: str, clip_norm: float | None, trace_nonfinite: bool
 ) -> dict[str, str | float | None]:
     """What must be the same everywhere, by the name that a message gives it."""
     return {
@@ -248,6 +253,7 @@ def _described(
         "precision": ", ".join(sorted({str(space.precision) for plan in plans for space in plan.spaces})),
         "schedule": schedule,
         "clip_norm": clip_norm,
+        "trace_nonfinite": trace_nonfinite,
     }
 
 

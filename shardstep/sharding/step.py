@@ -18,6 +18,7 @@ from shardstep.sharding.clip import clip_coefficient, global_norm
 from shardstep.sharding.combination import Combination, Key
 from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.memory import Ledger
+from shardstep.sharding.nonfinite import NonFiniteTrace
 from shardstep.sharding.space import Space
 from shardstep.types import Batch, Segment
 
@@ -47,6 +48,7 @@ class Step:
         agreement: Agreement,
         buffers: Buffers,
         clip_norm: float | None,
+        trace: NonFiniteTrace | None,
         group: Group,
         ledger: Ledger,
     ) -> None:
@@ -54,7 +56,7 @@ class Step:
         """The norm of the last step's mean gradient, before clipping; None without ``clip_norm``."""
         self._optimizer, self._spaces, self._gradients = optimizer, spaces, gradients
         self._agreement, self._buffers, self._clip_norm = agreement, buffers, clip_norm
-        self._group, self._ledger = group, ledger
+        self._trace, self._group, self._ledger = trace, group, ledger
 
     # - FlatSource
 
@@ -79,7 +81,11 @@ class Step:
             values = gradient.wait()
             segments = [self._segment(space, values, run, scale) for run in runs]
             updated = [key for key in keys if key is not None]
+            if self._trace is not None:
+                self._trace.remember(segments)
             yield Batch(segments, updated, Combination(space, keys, self._group, self._gradients.step))
+            if self._trace is not None:
+                self._trace.look(space, segments)
             if gradient.taken:
                 self._ledger.give("gradients", gradient.values)
             space.free()  # whole from a forward without a backward, and no longer what the shards hold
@@ -89,6 +95,8 @@ class Step:
             pending.wait()
         self._buffers.follow_rank_0()
         self._gradients.spend()
+        if self._trace is not None:
+            self._trace.raise_if_found(self._gradients.step - 1)
 
     def discard(self) -> None:
         self._gradients.discard()

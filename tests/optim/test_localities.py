@@ -7,13 +7,12 @@ from torch import Tensor, nn
 import shardstep as ss
 from shardstep.optim import Optimizer
 from shardstep.rules import rule, zeros
+from shardstep.rules.functions import sign
 from tests.rules.examples import adafactor, lion, muon, sgd
 from tests.rules.examples import lamb as lamb_rule
 from tests.sharding.models import Tied, Tokens
 
-
-class Lamb(Optimizer):
-    rule = lamb_rule
+Lamb = type("Lamb", (Optimizer,), {"rule": lamb_rule})
 
 
 def optimizer_of(rule, params):
@@ -90,3 +89,19 @@ def test_sums_are_over_the_whole_tensor():
     param.grad = torch.randn_like(param)
     optimizer.step()
     assert torch.dist(param.detach(), start) == pytest.approx(0.01 * start.norm().item(), rel=1e-4)
+
+
+@ss.rule
+def signed_descent(param, grad, *, lr=0.5):
+    """Against the sign."""
+    return param - lr * sign(grad)
+
+
+def test_a_rule_makes_an_optimizer_named_after_it():
+    SignedDescent = signed_descent.optimizer()
+    assert (SignedDescent.__name__, SignedDescent.__doc__) == ("SignedDescent", "Against the sign.")
+    param = nn.Parameter(torch.ones(3))
+    optimizer = SignedDescent([param], lr=0.25)
+    param.grad = torch.tensor([1.0, -2.0, 0.0])
+    optimizer.step()
+    assert param.tolist() == [0.75, 1.25, 1.0]

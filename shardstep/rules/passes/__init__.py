@@ -1,8 +1,9 @@
 """What happens to a rule's program between the front end and the back ends. One pure function a pass.
 
 Every pass is Program -> Program, shows before → after in its docstring, and keeps the bits of every number that is
-stored; `pipeline` runs them in order with the verifier between; `split` comes last and makes phases. Nothing here
-knows a back end, a dtype that an array is stored in, or an optimizer.
+stored, but for `gradient` and `stochastic`, which put in what rules leave unsaid. `pipeline` runs them in order with
+the verifier between; `split` comes last and makes phases. Nothing here knows a back end or an optimizer; only
+`stochastic` knows a dtype that an array is stored in.
 """
 
 from shardstep.rules.passes.pipeline import compile_phases, cut, stages

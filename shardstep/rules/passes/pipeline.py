@@ -1,8 +1,10 @@
 """All passes in their order, the verifier between them.
 
-    gradient · specialise · constants · dead · elementary · { constants · strength · common · dead } · split
+    gradient · [stochastic] · specialise · constants · dead · elementary
+    · { constants · strength · common · dead } · split
 
-The braces are gone through until nothing changes: sharing can make two branches equal, which then fold.
+What is in brackets runs if it is asked for. The braces are gone through until nothing changes: sharing can make two
+branches equal, which then fold.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +19,7 @@ from shardstep.rules.passes.elementary import expand
 from shardstep.rules.passes.gradient import scale_gradient
 from shardstep.rules.passes.specialise import specialise
 from shardstep.rules.passes.split import split
+from shardstep.rules.passes.stochastic import round_stochastically
 from shardstep.rules.passes.strength import reduce_strength
 
 Pass = Callable[[Program], Program]
@@ -46,9 +49,11 @@ def cut(program: Program) -> Phases:
     return phases
 
 
-def stages(program: Program, truths: Sequence[bool], compute: torch.dtype) -> list[tuple[str, Program]]:
+def stages(
+    program: Program, truths: Sequence[bool], compute: torch.dtype, rounded: torch.dtype | None = None
+) -> list[tuple[str, Program]]:
     """(name of a pass, the program after it), from ("ir", the program given); passes that found nothing to do in a
-    later round are left out.
+    later round are left out. ``rounded``: the dtype that the new param is rounded to stochastically.
     """
     found = [("ir", verify(program))]
 
@@ -56,6 +61,8 @@ def stages(program: Program, truths: Sequence[bool], compute: torch.dtype) -> li
         found.append((name, verify(change(found[-1][1]), name)))
 
     run("gradient", scale_gradient)
+    if rounded is not None:
+        run("stochastic", lambda given: round_stochastically(given, rounded))
     run("specialise", lambda given: specialise(given, truths))
     run("constants", fold_constants)
     run("dead", drop_dead)

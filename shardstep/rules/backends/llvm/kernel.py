@@ -126,6 +126,10 @@ class LlvmKernel:
         calls, packed, size = list[Call](), list[bytes](), 0
         for row, count, room in zip(rows, counts, rooms, strict=True):
             addresses = self._addresses(row, room)
+            if size + count <= length - BLOCK:  # the usual case of many small ones
+                packed.append(self._piece(row, addresses, 0, count))
+                size += count
+                continue
             for begin, end in cuts(count, row.offset, length):
                 packed.append(self._piece(row, addresses, begin, end))
                 size += end - begin

@@ -1,0 +1,64 @@
+"""Which parameter, which element, which rank and which line of the rule made the first infinity or NaN of a step.
+
+A debugging aid: it keeps a copy of what is about to be updated, so it costs memory and time.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from shardstep.collectives import Group
+from shardstep.errors import NonFiniteUpdateError
+from shardstep.optim import Optimizer
+from shardstep.sharding.space import Space
+from shardstep.types import Segment
+
+
+class NonFiniteTrace:
+    """Watches the updates of one step after another."""
+
+    def __init__(self, optimizer: Optimizer, group: Group) -> None:
+        self._optimizer, self._group = optimizer, group
+        self._before: list[Segment] = []
+        self._found: str | None = None
+
+    def remember(self, segments: list[Segment]) -> None:
+        """Keep what ``segments`` hold before they are updated."""
+        self._before = [
+            replace(
+                segment,
+                param=segment.param.clone(),
+                grad=segment.grad.clone(),
+                state={name: values.clone() for name, values in segment.state.items()},
+            )
+            for segment in segments
+        ]
+
+    def look(self, space: Space, segments: list[Segment]) -> None:
+        """Search the updated ``segments``, unless something was found before in this step."""
+        for before, after in zip(self._before, segments, strict=True):
+            if self._found is None:
+                self._found = self._search(space, before, after)
+        self._before = []
+
+    def raise_if_found(self, step: int) -> None:
+        """Raise NonFiniteUpdateError on every rank if any has found something. Collective."""
+        everyone = self._group.exchange_json(self._found, label=f"search for non-finite updates in step {step}")
+        self._found = None
+        for rank, found in enumerate(everyone):
+            if found is not None:
+                raise NonFiniteUpdateError(
+                    f"the update of step {step} made a value that is not finite: rank {rank}, {found}"
+                )
+
+    def _search(self, space: Space, before: Segment, after: Segment) -> str | None:
+        bad = ~torch.isfinite(after.param)
+        for values in after.state.values():
+            bad |= ~torch.isfinite(values)
+        places = torch.nonzero(bad)
+        if not len(places):
+            return None
+        index = int(places[0])
+        slot = space.layout.slot_at(before.offset + index)
+        element = before.offset + index - slot.offset
+        return f"parameter {slot.name!r}, element {element}; {self._optimizer.explain(before, index)}"
