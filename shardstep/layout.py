@@ -14,10 +14,9 @@ from typing import TypeVar
 
 import torch
 
-Key = TypeVar("Key")
+from shardstep.types import BLOCK_NUMEL
 
-BLOCK_NUMEL = 1024
-"""Elements per block. Shards are whole blocks, and norms are summed block by block."""
+Key = TypeVar("Key")
 
 ALIGNMENT_NUMEL = 128
 """A parameter begins at a multiple of this: 256 bytes in a 2-byte dtype, 512 in fp32."""

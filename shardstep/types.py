@@ -5,9 +5,12 @@ Nothing here computes, and nothing here knows where a gradient came from or who 
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from torch import Tensor, nn
+
+BLOCK_NUMEL: Final = 1024
+"""Elements per block of a flat space. Shards are whole blocks, and sums are taken block by block."""
 
 
 @dataclass
@@ -16,10 +19,10 @@ class Segment:
 
     ``group`` is an index into the optimizer's ``param_groups``; ``step`` counts from 1 and already includes
     this update. All tensors are one-dimensional, contiguous and of one length. ``param`` is the float32 (or
-    float64) master and ``state`` has its dtype; ``grad`` may be of any floating dtype and is multiplied by
-    ``grad_scale`` on the way in; ``low``, if any, receives the new parameters rounded to its dtype. ``offset`` is
-    the place of element 0 in its flat space, which does not depend on who owns what. ``shape`` is the whole
-    tensor's where the segment is a part of one tensor, and None where it may run over several.
+    float64) master; each ``state`` has its dtype, or is bfloat16 or float16; ``grad`` may be of any floating dtype and
+    is multiplied by ``grad_scale`` on the way in; ``low``, if any, receives the new parameters rounded to its dtype.
+    ``offset`` is the place of element 0 in its flat space, which does not depend on who owns what. ``shape`` is the
+    whole tensor's where the segment is a part of one tensor, and None where it may run over several.
 
     ``param`` may also be bfloat16 or float16, without a master: then all is computed in float32, and the new
     parameters are rounded stochastically if there is a ``seed``, else to nearest even. The noise is a function of

@@ -15,8 +15,9 @@ from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT, StateDict
 
 from shardstep.errors import ConfigError, OwnershipError
-from shardstep.optim.states import check_loaded, compute_dtype, start_of
+from shardstep.optim.states import check_loaded, start_of
 from shardstep.rules import Rule
+from shardstep.rules.binding import compute_dtype
 from shardstep.rules.compiled import compile_rule
 from shardstep.rules.ir import State
 from shardstep.rules.show import explain
@@ -186,11 +187,12 @@ class Optimizer(torch.optim.Optimizer):
         """Which line of the rule makes the first infinity or NaN when element ``index`` of ``segment`` is updated."""
         if compile_rule(self.rule).locality != "elementwise":
             return "which line made it is known for elementwise rules only"
-        grad = segment.grad[index].to(segment.param.dtype) * segment.grad_scale
+        compute = compute_dtype(segment.param)
+        grad = segment.grad[index].to(compute) * segment.grad_scale
         arrays = {"param": segment.param[index], "grad": grad, **{n: s[index] for n, s in segment.state.items()}}
         hypers = {**self.param_groups[segment.group], "step": segment.step}
         values = {**dict.fromkeys(self.rule.states, 0.0), **{name: value.item() for name, value in arrays.items()}}
-        return explain(self.rule, values, hypers, segment.param.dtype)
+        return explain(self.rule, values, hypers, compute)
 
     def _start(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """The first state of ``param``, which is kept from now on."""

@@ -12,19 +12,9 @@ from torch.optim.optimizer import StateDict
 
 from shardstep.errors import ConfigError
 from shardstep.rules import Rule
+from shardstep.rules.binding import compute_dtype, stored_dtype
 from shardstep.rules.compiled import compile_rule
 from shardstep.rules.ir import State
-
-
-def compute_dtype(param: Tensor) -> torch.dtype:
-    """What a parameter is updated in, and its state kept in: float64 for float64, else float32."""
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
-
-
-def stored_dtype(declared: State) -> torch.dtype | None:
-    """What the rule says a state is stored in; None if it leaves that to the parameter's compute dtype."""
-    dtype: torch.dtype | None = None if declared.dtype is None else getattr(torch, declared.dtype)
-    return dtype
 
 
 def shape_of(declared: State, param: Tensor) -> tuple[int, ...]:

@@ -126,7 +126,7 @@ class Arithmetic(ABC, Generic[V]):
 
     def _is_on_host(self, value: V) -> bool:
         type_ = self.type_of(value)
-        return type_ is None or type_.shape in ("uniform", "tensor")
+        return type_ is None or type_.is_single
 
     def choose(self, condition: V, then: Item, otherwise: Item, span: Span) -> Item:
         """One of two, by a condition that is the same for all elements."""

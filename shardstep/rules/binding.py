@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from shardstep.errors import ConfigError
+from shardstep.rules.ir import State
 from shardstep.types import Segment
 
 
@@ -40,14 +41,20 @@ class PhaseKernel(Protocol):
 _STORED: Final = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 
-def compute_dtype(segment: Segment) -> torch.dtype:
-    """What a segment is computed in: a 16-bit param, in float32."""
-    return torch.float32 if segment.param.dtype in (torch.bfloat16, torch.float16) else segment.param.dtype
+def compute_dtype(param: Tensor) -> torch.dtype:
+    """What a param is updated in, and its states kept in where the rule leaves that open: a 16-bit one, in float32."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def stored_dtype(state: State) -> torch.dtype | None:
+    """What the rule says a state is stored in; None if it leaves that to the compute dtype."""
+    dtype: torch.dtype | None = None if state.dtype is None else getattr(torch, state.dtype)
+    return dtype
 
 
 def check_dtypes(segment: Segment) -> None:
     """Raise ConfigError for dtypes that no kernel can be made for."""
-    compute = compute_dtype(segment)
+    compute = compute_dtype(segment.param)
     if segment.param.dtype not in _STORED:
         raise ConfigError(f"expected a floating-point param, got {segment.param.dtype}; keep a float32 master of it")
     if segment.grad.dtype not in _STORED:

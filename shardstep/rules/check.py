@@ -163,7 +163,7 @@ class _Types(Meaning[Type | None]):
 def _code(operation: str, types: Sequence[Type]) -> str:
     if tuple(type_.kind for type_ in types) != OPERATIONS[operation].takes:
         return "E10"
-    on_host = OPERATIONS[operation].family == "reduction" and types[0].shape in ("uniform", "tensor")
+    on_host = OPERATIONS[operation].family == "reduction" and types[0].is_single
     return "E21" if on_host else "E20"
 
 

@@ -6,7 +6,7 @@ phase, and never knows where the parts of a tensor lie.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Final
@@ -18,10 +18,11 @@ from torch import Tensor
 from shardstep.errors import ConfigError
 from shardstep.rules import noise
 from shardstep.rules.backends import blocks, llvm, reference, rounding, triton
+from shardstep.rules.backends.evaluation import exactly
 from shardstep.rules.binding import Binding, PhaseKernel, check_arrays, check_dtypes, compute_dtype
-from shardstep.rules.ir import Phases, Program, State
+from shardstep.rules.ir import Phase, Phases, Program, State
 from shardstep.rules.language import Rule
-from shardstep.rules.locality import locality
+from shardstep.rules.locality import locality, needs_whole_tensors
 from shardstep.rules.lower import program_of
 from shardstep.rules.passes import compile_truths, cut, stages, used_arrays
 from shardstep.rules.scalars import Scalars, compile_scalars
@@ -102,9 +103,7 @@ class CompiledRule:
         self._name = rule.name
         self.program = program_of(rule)
         self.locality, self.reason = locality(self.program)
-        self.needs_whole_tensors = self.locality in ("factored", "matrix") or any(
-            state.shape != "element" for state in self.program.states
-        )
+        self.needs_whole_tensors = needs_whole_tensors(self.program)
         self._truths = compile_truths(self.program)
         self._programs: dict[_Form, Program] = {}
         self._phases: dict[_Form, Phases] = {}
@@ -137,7 +136,7 @@ class CompiledRule:
     def _update_whole(self, segment: Segment, group: Hypers) -> None:
         """One whole tensor, on the reference back end."""
         check_dtypes(segment)
-        hypers, compute = _hypers(segment, group), compute_dtype(segment)
+        hypers, compute = _hypers(segment, group), compute_dtype(segment.param)
         program = self._program_for(hypers, compute, noise.rounded_dtype(segment))
         shape = segment.shape or ()
         arrays = {"param": segment.param.view(shape), "grad": segment.grad.view(shape)}
@@ -149,7 +148,8 @@ class CompiledRule:
         for name, values in new.items():
             arrays[name].copy_(values)
         if segment.low is not None:
-            rounding.write(rounding.read(segment.param, compute), segment.low)
+            with exactly():
+                rounding.write(rounding.read(segment.param, compute), segment.low)
 
     def _make_sums(self, batch: Batch, jobs: list[_Job], groups: Sequence[Hypers]) -> None:
         everywhere = [self._phases_for({**groups[group], "step": step}, torch.float32) for group, step in batch.updated]
@@ -199,7 +199,7 @@ class CompiledRule:
 
     def _compile(self, segment: Segment, hypers: Hypers) -> _Variant:
         check_dtypes(segment)
-        compute = compute_dtype(segment)
+        compute = compute_dtype(segment.param)
         phases = self._phases_for(hypers, compute, noise.rounded_dtype(segment))
         stored = _arrays(segment)
         missing = [state.name for state in self.states(hypers) if state.name not in stored]
@@ -255,14 +255,14 @@ def _counted(segment: Segment, what: str) -> float:
     return float({"numel": prod(shape), "rows": rows, "columns": prod(shape[1:])}[what])
 
 
-def _back_end(device: torch.device) -> Any:
+def _back_end(device: torch.device) -> Callable[[Phase, Binding], PhaseKernel]:
     """``compile_phase`` of the fastest back end for a device."""
     if device.type == "cuda":
         return triton.compile_phase
     return _llvm_or_reference if device.type == "cpu" else reference.compile_phase
 
 
-def _llvm_or_reference(phase: Any, binding: Binding) -> PhaseKernel:
+def _llvm_or_reference(phase: Phase, binding: Binding) -> PhaseKernel:
     try:
         return llvm.compile_phase(phase, binding)
     except llvm.TargetUnsupported as error:

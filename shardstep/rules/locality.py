@@ -30,6 +30,11 @@ def locality(program: Program) -> tuple[Locality, str]:
     return found, reason
 
 
+def needs_whole_tensors(program: Program) -> bool:
+    """Whether it runs on whole tensors only, on the reference back end."""
+    return locality(program)[0] in ("factored", "matrix") or any(state.shape != "element" for state in program.states)
+
+
 def _needed(program: Program) -> list[Instruction]:
     wanted = {value for _, value in program.stores}
     for index in range(len(program.instructions) - 1, -1, -1):

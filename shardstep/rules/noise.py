@@ -30,7 +30,7 @@ TURN: Final = 2**32
 
 def rounded_dtype(segment: Segment) -> torch.dtype | None:
     """What the new param is rounded to stochastically; None if it is not."""
-    if segment.seed is None or segment.param.dtype == compute_dtype(segment):
+    if segment.seed is None or segment.param.dtype == compute_dtype(segment.param):
         return None
     return segment.param.dtype
 

@@ -12,15 +12,15 @@ import torch
 from shardstep.errors import ConfigError
 from shardstep.rules import syntax
 from shardstep.rules.backends import llvm, triton
-from shardstep.rules.binding import Binding
+from shardstep.rules.binding import Binding, stored_dtype
 from shardstep.rules.check import check
 from shardstep.rules.check import to_text as types_to_text
-from shardstep.rules.ir import Phases, Program, to_text
+from shardstep.rules.ir import to_text
 from shardstep.rules.language import Rule
-from shardstep.rules.locality import locality
+from shardstep.rules.locality import locality, needs_whole_tensors
 from shardstep.rules.lower import lower, program_of
 from shardstep.rules.parse import parse
-from shardstep.rules.passes import cut, stages, truths
+from shardstep.rules.passes import compile_phases, cut, stages, truths
 from shardstep.rules.scalars import expression
 from shardstep.rules.trace_values import Line, first_non_finite, trace_values
 
@@ -96,7 +96,7 @@ def _passes(rule: Rule, hypers: Mapping[str, object]) -> str:
     program = program_of(rule)
     after = stages(program, truths(program, complete(rule, hypers)), COMPUTE)
     told = [f"--- after {name}\n{to_text(made)}" for name, made in after]
-    if _is_whole(program):
+    if needs_whole_tensors(program):
         return "\n".join(told)
     phases = cut(after[-1][1])
     for number, phase in enumerate(phases.phases):
@@ -107,14 +107,11 @@ def _passes(rule: Rule, hypers: Mapping[str, object]) -> str:
 
 def _code(rule: Rule, stage: str, hypers: Mapping[str, object]) -> str:
     program = program_of(rule)
-    phases: Phases = cut(stages(program, truths(program, complete(rule, hypers)), COMPUTE)[-1][1])
-    stored = tuple((name, COMPUTE) for name in program.shapes)
+    phases = compile_phases(program, truths(program, complete(rule, hypers)), COMPUTE)
+    declared = ((state.name, stored_dtype(state) or COMPUTE) for state in program.states)
+    stored = (("param", COMPUTE), ("grad", COMPUTE), *declared)
     make = {"llvm": llvm.to_llvm, "asm": llvm.to_assembly, "triton": triton.source}[stage]
     return "\n".join(make(phase, Binding(COMPUTE, stored)) for phase in phases.phases)
-
-
-def _is_whole(program: Program) -> bool:
-    return locality(program)[0] in ("factored", "matrix") or any(state.shape != "element" for state in program.states)
 
 
 def _instruction(line: Line, lines: list[Line]) -> str:

@@ -14,17 +14,11 @@ from torch import Tensor
 from shardstep.errors import ConfigError
 from shardstep.rules import ir
 from shardstep.rules.backends.evaluation import Evaluation, exactly
+from shardstep.rules.binding import stored_dtype
 
 Number = float | bool | int
 
 _INPUTS: Final = ("load", "hyper")
-
-_DTYPES: Final = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
 
 
 @dataclass(frozen=True)
@@ -93,8 +87,8 @@ def _check_given(program: ir.Program, given: Mapping[str, Mapping[str, object]])
 
 
 def _array(program: ir.Program, name: str, value: float, compute: torch.dtype) -> Tensor:
-    stored = next((state.dtype for state in program.states if state.name == name), None)
-    return torch.tensor([[value]], dtype=_DTYPES[stored] if stored else compute)
+    stored = next((stored_dtype(state) for state in program.states if state.name == name), None)
+    return torch.tensor([[value]], dtype=stored or compute)
 
 
 def _line(line: ir.Instruction, position: Mapping[int, int], value: Number) -> Line:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from shardstep.collectives import Group
 from shardstep.errors import NonFiniteGradientError
-from shardstep.layout import BLOCK_NUMEL
 from shardstep.sharding.space import Space
+from shardstep.types import BLOCK_NUMEL
 
 _TILE_BLOCKS = 64
 """Blocks squared at a time: the float64 scratch stays in the cache."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from shardstep.collectives import Group
-from shardstep.layout import BLOCK_NUMEL
 from shardstep.sharding.space import Space
+from shardstep.types import BLOCK_NUMEL
 
 Key = tuple[int, int] | None
 """Group and step count of a parameter that is updated; None for one that is not."""

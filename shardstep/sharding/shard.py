@@ -15,7 +15,7 @@ from shardstep.config import Precision, Schedule, StageChoice, UnitChoice, check
 from shardstep.errors import ConfigError, OwnershipError, RankMismatchError
 from shardstep.layout import fingerprint
 from shardstep.optim import Optimizer
-from shardstep.optim.states import stored_dtype
+from shardstep.rules.binding import stored_dtype
 from shardstep.sharding.agreement import Agreement
 from shardstep.sharding.attached import Attached
 from shardstep.sharding.batches import BatchPlan, Collate, MapDataset, MicroBatch, micro_batches

@@ -5,7 +5,7 @@
     shard    shard numel    this rank's run of the parameters; a view of ``flat`` below stage 3.
     values   owned numel    what the rule's result is written to: ``flat`` at stage 0, else ``shard``.
     master   owned numel    what the rule updates: ``values`` itself, or a wider copy of it.
-    state    owned numel    one buffer per named state of the rule, in the master's dtype.
+    state    owned numel    one buffer per named state of the rule, in its declared dtype or the master's.
     leaf     padded numel   the gradient of the current micro-batch; kept between steps below stage 2.
     tree     shard numel    partial sums of all ranks' leaves over this rank's run.
     local    padded numel   partial sums of this rank's own leaves (schedule per step).
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from shardstep.collectives import Group, Pending
 from shardstep.config import Precision, Stage
 from shardstep.layout import Layout
-from shardstep.optim.states import stored_dtype
+from shardstep.rules.binding import stored_dtype
 from shardstep.rules.ir import State
 from shardstep.sharding.freed import FreedParameter
 from shardstep.sharding.memory import Ledger

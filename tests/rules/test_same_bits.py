@@ -18,6 +18,7 @@ from shardstep.rules.ir import Phase, parse_text
 from shardstep.rules.passes import compile_phases, truths
 from shardstep.rules.passes.gradient import scale_gradient
 from shardstep.rules.scalars import compile_scalars
+from shardstep.types import Batch, Segment
 from tests.rules import examples
 from tests.rules.programs import SCALARS, programs, random_array, random_arrays, same_bits
 
@@ -142,3 +143,20 @@ def test_optimizers_give_the_same_bits_on_both_back_ends(name, dtype, monkeypatc
     for got, want in zip(*results.values(), strict=True):
         assert same_bits(got, want)
     assert not any(math.isnan(value) for got in results["llvm"] for value in got.flatten().tolist())
+
+
+@pytest.mark.parametrize("rule", [examples.muon, AdamW.rule], ids=lambda rule: rule.name)
+def test_the_copy_of_a_large_param_overflows_silently(rule):
+    param, low = torch.full((4, 4), 3.4e38).view(-1), torch.zeros(16, dtype=F16)
+    made = compiled.compile_rule(rule)
+    states = {state.name: torch.zeros(16) for state in made.program.states}
+    segment = Segment(0, 1, param, torch.ones(16), states, low, 1.0, shape=(4, 4))
+    made.update(Batch([segment], [(0, 1)], lambda sums, _: sums), [{**rule.hyperparameters}])
+    assert low.isinf().all()
+
+
+def test_the_line_of_a_nan_is_known_for_16_bit_params():
+    optimizer = AdamW([torch.zeros(1, requires_grad=True)])
+    states = {name: torch.zeros(1) for name in optimizer.state_names}
+    segment = Segment(0, 1, torch.ones(1, dtype=BF16), torch.full((1,), math.nan), states, None, 1.0)
+    assert "grad" in optimizer.explain(segment, 0)

@@ -7,6 +7,7 @@ import pytest
 from shardstep.cli import main
 from shardstep.errors import ConfigError
 from shardstep.optim.adamw import adamw
+from shardstep.rules import rule, state
 from shardstep.rules.show import STAGES, debug, show
 from tests.rules.examples import adafactor, lamb, sgd
 
@@ -37,6 +38,16 @@ def test_flags_decide_what_is_left_of_a_rule():
 
 def test_sums_cut_a_rule_into_phases():
     assert "--- phase 1" in show(lamb, "passes", {})
+
+
+@rule
+def narrow(param, grad, moment=state(dtype="bfloat16"), *, lr=0.1):
+    moment = moment + grad
+    return param - lr * moment, moment
+
+
+def test_code_is_for_states_as_they_are_declared():
+    assert "from_bfloat16(tl.load(at_moment" in show(narrow, "triton", {})
 
 
 def test_a_rule_for_whole_tensors_has_no_phases():

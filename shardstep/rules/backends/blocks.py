@@ -10,19 +10,26 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from shardstep.types import BLOCK_NUMEL as BLOCK
+
 Array = NDArray[Any]
 
-BLOCK: Final = 1024
 LANES: Final = 16
+"""Accumulators of a block: a place's is its position mod 16."""
 
 _ROW_SCRATCH: Final = 2**20
 """Elements: so many rows are summed together as fit."""
 
 
+def blocks_touched(count: int, offset: int) -> int:
+    """How many blocks of the global grid a run has elements in."""
+    return (offset + count - 1) // BLOCK - offset // BLOCK + 1 if count else 0
+
+
 def partials(operation: str, values: Array, offset: int) -> Array:
     """One float64 for each block that the flat ``values`` touch; the first of them is at position ``offset``."""
     before = offset % BLOCK
-    blocks = -(-(before + values.size) // BLOCK) if values.size else 0
+    blocks = blocks_touched(values.size, offset)
     # The filler changes no result: a lane is never -0.
     flat = np.full(blocks * BLOCK, -np.inf if operation == "max" else 0.0)
     flat[before : before + values.size] = values

@@ -27,11 +27,6 @@ WORD: Final[dict[np.dtype[Any], np.dtype[Any]]] = {
 """The words of each compute dtype."""
 
 
-def is_host(line: ir.Instruction) -> bool:
-    """Whether the host computes it: one number for a step or for a tensor."""
-    return line.type.shape in ("uniform", "tensor")
-
-
 def constant(line: ir.Instruction, compute: torch.dtype) -> Array:
     """The value of a ``const``."""
     kinds = {"real": np.dtype(np.float64), "bool": np.dtype(np.bool_), "word": WORD[NUMPY[compute]]}
@@ -40,9 +35,9 @@ def constant(line: ir.Instruction, compute: torch.dtype) -> Array:
 
 def evaluate(line: ir.Instruction, arguments: Sequence[Array], compute: torch.dtype) -> Array:
     """One pointwise instruction; reals that the host computed are rounded here, where they meet others."""
-    if line.operation in ELEMENTARY and not is_host(line):
+    if line.operation in ELEMENTARY and not line.type.is_single:
         return _elementary(line, arguments, compute)
-    real = np.dtype(np.float64) if is_host(line) else NUMPY[compute]
+    real = np.dtype(np.float64) if line.type.is_single else NUMPY[compute]
     if line.operation in ("bits", "from_bits"):
         return _reinterpret(line, np.asarray(arguments[0]), real, NUMPY[compute])
     kinds = ir.OPERATIONS[line.operation].takes

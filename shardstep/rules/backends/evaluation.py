@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shardstep.rules import ir, scalars
 from shardstep.rules.backends import blocks
-from shardstep.rules.backends.elements import WORD, constant, evaluate, is_host
+from shardstep.rules.backends.elements import WORD, constant, evaluate
 from shardstep.rules.backends.rounding import NUMPY, read, write
 from shardstep.rules.scalars.arithmetic import ARITHMETIC, fault
 from shardstep.rules.scalars.evaluate import no_value
@@ -69,7 +69,7 @@ class Evaluation:
         for number, line in enumerate(self._program.instructions):
             values.append(self._value(number, line, [values[a] for a in line.arguments]))
             for argument in line.arguments if not keep_all else ():
-                if last[argument] == number and not is_host(self._program.instructions[argument]):
+                if last[argument] == number and not self._program.instructions[argument].type.is_single:
                     values[argument] = None
         return values
 
@@ -107,7 +107,7 @@ class Evaluation:
                 needed.add(number)
                 line = self._program.instructions[number]
                 arguments = line.arguments
-                if line.operation == "choose" or (line.operation == "where" and is_host(line)):
+                if line.operation == "choose" or (line.operation == "where" and line.type.is_single):
                     arguments = (arguments[0], arguments[1] if values[arguments[0]] else arguments[2])
                 waiting.extend(arguments)
         return needed

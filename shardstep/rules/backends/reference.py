@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shardstep.rules import ir
 from shardstep.rules.backends import blocks
-from shardstep.rules.backends.elements import constant, evaluate, is_host
+from shardstep.rules.backends.elements import constant, evaluate
 from shardstep.rules.backends.evaluation import Evaluation, exactly, last_uses, positions
 from shardstep.rules.backends.rounding import NUMPY, read, write
 from shardstep.rules.binding import Binding, PhaseKernel
@@ -75,7 +75,7 @@ class _Kernel:
         """What is the same for all elements: the scalars, the constants, and what is made of them."""
         values: dict[int, Array] = {}
         for number, line in enumerate(self._body.instructions):
-            if not is_host(line) or number in self._sums:
+            if not line.type.is_single or number in self._sums:
                 continue
             if line.operation == "hyper":
                 values[number] = np.asarray(float(scalars[int(str(line.attributes[0])[1:])]))

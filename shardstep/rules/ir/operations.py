@@ -24,6 +24,11 @@ class Type:
     def __str__(self) -> str:
         return f"{self.kind} {self.shape}"
 
+    @property
+    def is_single(self) -> bool:
+        """Whether it is one number, for a step or for a tensor."""
+        return self.shape in ("uniform", "tensor")
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -65,7 +70,7 @@ OPERATIONS: dict[str, Operation] = {
     **_pointwise("w", "real", "from_bits"),
     **_pointwise("ww", "word", "word_add word_sub word_mul word_and word_or word_xor"),
     **_pointwise("w", "word", "word_shl word_shr", attributes=1),
-    # sums go block by block in a fixed tree, in float64; see `row_sum` over each row, `column_sum` over each column
+    # over a tensor, each row, each column: sums go block by block in a fixed tree, in float64
     "sum": Operation("reduction", ("real",), "real"),
     "max": Operation("reduction", ("real",), "real"),
     "row_sum": Operation("reduction", ("real",), "real"),

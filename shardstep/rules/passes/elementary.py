@@ -25,20 +25,18 @@ import torch
 
 from shardstep.rules import ir
 from shardstep.rules.passes.polynomials import FORMATS, Format
+from shardstep.rules.passes.rewrite import rewrite
 
 
 def expand(program: ir.Program, compute: torch.dtype) -> ir.Program:
     """The program without these operations on anything but uniform and tensor values."""
-    build = ir.Builder(program.shapes)
-    numbers: list[int] = []
-    for line in program.instructions:
-        arguments = tuple(numbers[a] for a in line.arguments)
-        if line.operation in ELEMENTARY and line.type.shape not in ("uniform", "tensor"):
-            write = _Writer(build, FORMATS[compute], line.place)
-            numbers.append(ELEMENTARY[line.operation](write, *arguments))
-        else:
-            numbers.append(build.copy(line, arguments))
-    return program.with_instructions(build.instructions, [(name, numbers[value]) for name, value in program.stores])
+
+    def change(build: ir.Builder, line: ir.Instruction, arguments: tuple[int, ...]) -> int | None:
+        if line.operation not in ELEMENTARY or line.type.is_single:
+            return None
+        return ELEMENTARY[line.operation](_Writer(build, FORMATS[compute], line.place), *arguments)
+
+    return rewrite(program, change)
 
 
 class _Writer:
@@ -61,7 +59,7 @@ class _Writer:
         return self._build.constant(value, "word", place=self._place)
 
     def is_host(self, value: int) -> bool:
-        return self._build.type_of(value).shape in ("uniform", "tensor")
+        return self._build.type_of(value).is_single
 
 
 def _sum_of_falling(write: _Writer, a: int, b: int, c: int) -> int:

@@ -35,7 +35,7 @@ def split(program: Program) -> Phases:
 
 def _refuse_other_shapes(program: Program) -> None:
     for line in program.instructions:
-        whole = line.type.shape in ("uniform", "tensor") and line.operation != "load"
+        whole = line.type.is_single and line.operation != "load"
         if not whole and line.type.shape != "element":
             raise _refused(program, line, f"{line.operation} ({line.type})")
     for name, value in program.stores:

@@ -108,7 +108,7 @@ def _is_uniform(program: Program, number: int) -> bool:
 
 def _right_side(program: Program, number: int) -> str:
     line = program.instructions[number]
-    if line.type.shape not in ("uniform", "tensor") or line.type.kind == "word":
+    if not line.type.is_single or line.type.kind == "word":
         raise RuleError(
             f"{where(program, line)}: expected one number for all elements of a tensor, got "
             f"{expression(program, number)} ({line.type})"

@@ -9,15 +9,13 @@ from typing import Final
 
 import torch
 
+from shardstep.rules.backends.blocks import LANES
 from shardstep.rules.backends.llvm.code import WORD, Code, can_write
 from shardstep.rules.backends.llvm.library import STORED, from_memory, to_memory
 from shardstep.rules.backends.llvm.row import RowLayout
-from shardstep.rules.backends.llvm.shared import Shared, is_shared, refusal
+from shardstep.rules.backends.llvm.shared import Shared, refusal
 from shardstep.rules.binding import Binding
 from shardstep.rules.ir import Instruction, Phase
-
-LANES: Final = 16
-"""Of the accumulators of a reduction: position mod 16."""
 
 REDUCTIONS: Final = {"sum": ("add", "0.0"), "max": ("maximum", "0xFFF0000000000000")}
 """How each combines two numbers, and what its lanes begin with."""
@@ -64,7 +62,7 @@ class Body:
         self._values: dict[int, str] = {}
         self.accumulators: list[str] = []
         for number, line in enumerate(job.phase.body.instructions):
-            if not is_shared(line):
+            if not line.type.is_single:
                 self._values[number] = self._instruction(line)
         for name, value in job.phase.body.stores:
             self._store(name, self._value(value))

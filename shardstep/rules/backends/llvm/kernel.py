@@ -13,13 +13,15 @@ from torch import Tensor
 
 from shardstep.errors import ConfigError
 from shardstep.rules import cache
+from shardstep.rules.backends.blocks import blocks_touched
 from shardstep.rules.backends.llvm.body import Job
-from shardstep.rules.backends.llvm.row import BLOCK, blocks_touched, cuts, layout_of
+from shardstep.rules.backends.llvm.row import cuts, layout_of
 from shardstep.rules.backends.llvm.target import TargetUnsupported
 from shardstep.rules.backends.llvm.text import module_text
 from shardstep.rules.backends.llvm.threads import Call, run_all
 from shardstep.rules.binding import Binding
 from shardstep.rules.ir import Phase
+from shardstep.types import BLOCK_NUMEL as BLOCK
 
 if TYPE_CHECKING:
     from shardstep.rules.backends.llvm.compiler import Loaded

@@ -9,13 +9,10 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
 
 from shardstep.rules.binding import Binding
 from shardstep.rules.ir import Phase
-
-BLOCK: Final = 1024
-"""Global positions that share one partial of a reduction."""
+from shardstep.types import BLOCK_NUMEL as BLOCK
 
 
 @dataclass(frozen=True)
@@ -64,11 +61,6 @@ def layout_of(phase: Phase, binding: Binding) -> RowLayout:
     touched |= {name for name, _ in body.stores}
     arrays = tuple(name for name, _ in binding.stored if name in touched)
     return RowLayout(arrays, len(phase.sums), len(phase.scalars))
-
-
-def blocks_touched(count: int, offset: int) -> int:
-    """How many blocks of the global grid a run has elements in."""
-    return (offset + count - 1) // BLOCK - offset // BLOCK + 1 if count else 0
 
 
 def cuts(count: int, offset: int, length: int) -> Iterator[tuple[int, int]]:

@@ -12,11 +12,6 @@ from shardstep.rules.backends.llvm.code import REAL, WORD, Code, can_write, hexa
 from shardstep.rules.ir import Instruction, Kind, Program
 
 
-def is_shared(line: Instruction) -> bool:
-    """Whether it is one number for all elements of a row."""
-    return line.type.shape in ("uniform", "tensor")
-
-
 class Shared:
     """``constants`` and ``names``: numbers of instructions to what elements use, of the type of their kind."""
 
@@ -31,7 +26,7 @@ class Shared:
                 self._constant(number, line)
             elif line.operation == "hyper":
                 self._keep(number, "real", f"%exact.{line.attributes[0]}")
-            elif is_shared(line) and line.operation not in ("sum", "max"):
+            elif line.type.is_single and line.operation not in ("sum", "max"):
                 self._keep(number, line.type.kind, self._operation(line))
 
     @cached_property

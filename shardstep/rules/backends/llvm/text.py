@@ -9,10 +9,11 @@ from typing import Final
 
 import torch
 
-from shardstep.rules.backends.llvm.body import LANES, REDUCTIONS, Body, Job
+from shardstep.rules.backends.blocks import LANES
+from shardstep.rules.backends.llvm.body import REDUCTIONS, Body, Job
 from shardstep.rules.backends.llvm.code import Code
-from shardstep.rules.backends.llvm.row import BLOCK
 from shardstep.rules.backends.llvm.shared import Shared
+from shardstep.types import BLOCK_NUMEL as BLOCK
 
 _ATTRIBUTES: Final = 'attributes #0 = { nounwind "min-legal-vector-width"="512" "prefer-vector-width"="512" }'
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from shardstep.errors import ConfigError
+from shardstep.rules.backends.blocks import blocks_touched
 from shardstep.rules.backends.triton.text import (
-    BLOCK,
     BLOCKS_PER_PROGRAM,
     arguments,
     arrays,
@@ -26,6 +26,7 @@ from shardstep.rules.backends.triton.text import (
 )
 from shardstep.rules.binding import Binding, PhaseKernel
 from shardstep.rules.ir import Phase
+from shardstep.types import BLOCK_NUMEL as BLOCK
 
 OPTIONS: Final = {"num_warps": 4, "enable_fp_fusion": False, "enable_reflect_ftz": False}
 
@@ -85,7 +86,7 @@ class _TritonKernel:
 
     def _reduce(self, tensors: list[Tensor], numbers: list[float], offset: int, like: Tensor) -> tuple[Tensor, ...]:
         n = like.numel()
-        blocks = -(-(offset + n) // BLOCK) - offset // BLOCK if n else 0
+        blocks = blocks_touched(n, offset)
         partials = [torch.empty(blocks, dtype=torch.float64, device=like.device) for _ in range(self._sums)]
         if blocks:
             aligned = not n % ALIGNMENT and not offset % ALIGNMENT and all(_is_aligned(tensor) for tensor in tensors)

@@ -12,15 +12,13 @@ from typing import Final
 import torch
 
 from shardstep.errors import RuleError
+from shardstep.rules.backends.blocks import LANES
 from shardstep.rules.backends.triton.operations import NAMES, WORDS, constant, loaded, pointwise, stored
 from shardstep.rules.backends.triton.prelude import needed
 from shardstep.rules.binding import Binding
 from shardstep.rules.ir import Instruction, Phase
+from shardstep.types import BLOCK_NUMEL as BLOCK
 
-BLOCK: Final = 1024
-"""Elements of a block, and of a program without reductions."""
-
-LANES: Final = 16
 BLOCKS_PER_PROGRAM: Final = 32
 """In a program with reductions; 32 × 16 elements are one load of 128 bits for each of 128 threads."""
 
