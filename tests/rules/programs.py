@@ -15,7 +15,9 @@ from shardstep.rules import ir
 ELEMENTARY = ("exp", "log", "tanh", "rsqrt", "pow")
 SCALARS = ("s0", "s1", "s2")
 CONSTANTS = (0.0, -0.0, 1.0, -1.0, 0.5, 2.0, 3.0, 0.1, 1e-8, 1e-40, 1e30, 6e38, 1e300, math.inf, -math.inf, math.pi)
-HOSTED = tuple("sum sum max numel choose choose lt eq add sub mul div pow exp log sqrt minimum fma where".split())
+HOSTED = tuple(
+    "again again again sum sum max numel choose choose lt eq add sub mul div pow exp log sqrt minimum fma where".split()
+)
 WORDS = (0, 1, 0x7F, 0xFFFF, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF, 0x9E37_79B1)
 
 
@@ -125,6 +127,8 @@ class _Growing:
 
     def hosted_operation(self, name: str) -> None:
         """A branch, or what is one number for a step or for a tensor."""
+        if name == "again":
+            return self._once_more()
         takes = ir.OPERATIONS[name].takes
         if name in ("sum", "max"):
             total = self.build.emit(name, self.some("real", element=True))
@@ -136,6 +140,15 @@ class _Growing:
         else:
             shape = self._rng.choice(("tensor", "uniform"))
             self.build.emit(name, *(self._of(kind, shape if i == 0 else "uniform") for i, kind in enumerate(takes)))
+
+    def _once_more(self) -> None:
+        """What the passes look for: a constant for an operand, or the operands of an operation in the other order."""
+        element = self.some("real", element=True)
+        constant = self.build.constant(self._rng.choice(CONSTANTS))
+        name = self._rng.choice(("add", "sub", "mul", "div", "minimum"))
+        first = self.build.emit(name, element, self._rng.choice((constant, self.some("real", element=False))))
+        second = self.build.emit(name, *reversed(self.build.instructions[first].arguments))
+        self.build.emit("where", self.some("bool", element=True), first, second)
 
     def _of(self, kind: str, shape: str) -> int:
         """A value of this shape; a uniform one if there is none."""

@@ -56,7 +56,7 @@ def run_phases(phases, make, arrays, binding, low):
 
 
 @settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=250, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     programs(elementary=True, hosted=True),
