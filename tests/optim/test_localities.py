@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import shardstep as ss
 from shardstep.optim import Optimizer
 from shardstep.rules import rule, zeros
-from shardstep.rules.functions import sign
+from shardstep.rules.functions import lerp, sign
 from tests.rules.examples import adafactor, lion, muon, sgd
 from tests.rules.examples import lamb as lamb_rule
 from tests.sharding.models import Tied, Tokens
@@ -89,6 +89,52 @@ def test_sums_are_over_the_whole_tensor():
     param.grad = torch.randn_like(param)
     optimizer.step()
     assert torch.dist(param.detach(), start) == pytest.approx(0.01 * start.norm().item(), rel=1e-4)
+
+
+@ss.rule
+def anchored(
+    param,
+    grad,
+    anchor=ss.state("param"),
+    momentum=ss.state(0.25, dtype="bfloat16"),
+    *,
+    lr=0.1,
+    pull=0.01,
+):
+    """Keeps states in another dtype, and starts them from other things than zero."""
+    momentum = 0.9 * momentum + grad
+    anchor = lerp(anchor, param, 0.125)
+    return param - lr * (momentum + pull * (param - anchor)), anchor, momentum
+
+
+def anchored_digest(stage: int, reload: bool) -> str:
+    torch.manual_seed(5)
+    model = Tied()
+    optimizer = anchored.optimizer()([p for p in model.parameters() if p.requires_grad])
+    start = optimizer.param_groups[0]["params"][0].detach().clone()
+    sharded = ss.shard(model, optimizer, stage=stage)
+    for micro in sharded.micro_batches(Tokens(), global_batch=8, micro_batch=2, seed=1):
+        model(micro.batch).backward()
+        if micro.last:
+            optimizer.step()
+            optimizer.zero_grad()
+            if micro.step == 0:  # between a value and itself
+                assert torch.equal(optimizer.state_dict()["state"][0]["anchor"], start)
+            if reload:
+                optimizer.load_state_dict(optimizer.state_dict())
+    assert sharded.bytes.peak.state == sharded.bytes.formula.state
+    assert {s.dtype for state in optimizer.state_dict()["state"].values() for s in state.values()} == {
+        torch.float32,
+        torch.bfloat16,
+    }
+    return ss.digest(model, optimizer)
+
+
+@pytest.mark.parametrize("reload", [False, True], ids=["straight on", "states reloaded"])
+def test_states_of_other_dtypes_and_starts_are_the_same_on_every_shard_and_in_the_formula(ranks, reload):
+    expected = ranks(1).run(anchored_digest, 0, False)[0]
+    for world_size, stage in ((1, 3), (2, 0), (2, 1), (2, 3), (4, 2)):
+        assert set(ranks(world_size).run(anchored_digest, stage, reload)) == {expected}, (world_size, stage)
 
 
 @ss.rule

@@ -50,6 +50,23 @@ def test_nothing_is_said_when_all_is_finite(ranks):
     assert set(ranks(2).run(trained, 2, 1.0)) == {"all is well"}
 
 
+def digest_of_steps(trace: bool) -> str:
+    torch.manual_seed(1)
+    model = Tied()
+    optimizer = ss.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    sharded = ss.shard(model, optimizer, stage=3, trace_nonfinite=trace)
+    for micro in sharded.micro_batches(Tokens(), global_batch=8, micro_batch=2, seed=0):
+        model(micro.batch).backward()
+        if micro.last:
+            optimizer.step()
+            optimizer.zero_grad()
+    return ss.digest(model, optimizer)
+
+
+def test_watching_changes_no_bit(ranks):
+    assert set(ranks(2).run(digest_of_steps, True)) == set(ranks(1).run(digest_of_steps, False))
+
+
 def test_a_gradient_that_was_not_finite_is_told_from_what_the_rule_made():
     model = nn.Linear(3, 2)
     optimizer = ss.optim.AdamW(model.parameters())

@@ -11,7 +11,7 @@ import torch
 
 from shardstep.rules.backends.blocks import LANES
 from shardstep.rules.backends.llvm.code import WORD, Code, can_write
-from shardstep.rules.backends.llvm.library import STORED, from_memory, to_memory
+from shardstep.rules.backends.llvm.conversions import STORED, from_memory, to_memory
 from shardstep.rules.backends.llvm.row import RowLayout
 from shardstep.rules.backends.llvm.shared import Shared, refusal
 from shardstep.rules.binding import Binding
