@@ -8,6 +8,7 @@ phase, and never knows where the parts of a tensor lie.
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from math import prod
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -266,9 +267,14 @@ def _llvm_or_reference(phase: Phase, binding: Binding) -> PhaseKernel:
     try:
         return llvm.compile_phase(phase, binding)
     except llvm.TargetUnsupported as error:
-        text = f"updates run on the reference back end, which is slow and gives the same bits: {error}"
-        warnings.warn(text, stacklevel=2)
+        _warn_once(str(error))
         return reference.compile_phase(phase, binding)
+
+
+@cache
+def _warn_once(reason: str) -> None:
+    text = f"updates run on the reference back end, which is slow and gives the same bits: {reason}"
+    warnings.warn(text, stacklevel=2)
 
 
 _COMPILED: "WeakKeyDictionary[Rule, CompiledRule]" = WeakKeyDictionary()

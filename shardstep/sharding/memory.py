@@ -7,7 +7,8 @@ counts it: leaves follow one another, and the memory of the one that has gone su
 [Note: freed memory on the CPU] glibc gives large freed chunks back to the kernel, which zeroes them again page
 by page at the next use: activations and gradients come and go with every step, and in paired runs this was 5 to
 9 % of a step's CPU time. So glibc is told to keep what is freed (chunks of up to 32 MiB, its own limit; larger ones
-still go back at once). The peak is the same.
+still go back at once). Page faults fell from thousands a step to almost none, and the peak of a whole rank's memory
+rose by up to 7 %.
 """
 
 import ctypes

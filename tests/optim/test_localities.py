@@ -7,6 +7,7 @@ from torch import Tensor, nn
 import shardstep as ss
 from shardstep.optim import Optimizer
 from shardstep.rules import rule, zeros
+from shardstep.rules.backends import llvm
 from shardstep.rules.functions import lerp, sign
 from tests.rules.examples import adafactor, lion, muon, sgd
 from tests.rules.examples import lamb as lamb_rule
@@ -151,3 +152,28 @@ def test_a_rule_makes_an_optimizer_named_after_it():
     param.grad = torch.tensor([1.0, -2.0, 0.0])
     optimizer.step()
     assert param.tolist() == [0.75, 1.25, 1.0]
+
+
+def test_where_llvm_cannot_compile_the_reference_serves_with_one_warning(monkeypatch):
+    def stepped() -> Tensor:
+        @ss.rule
+        def halving(param, grad, *, lr=0.5):
+            return param - lr * grad / 3
+
+        total = torch.zeros(5)
+        for dtype in (torch.float32, torch.float64):
+            param = nn.Parameter(torch.arange(5, dtype=dtype))
+            param.grad = torch.linspace(-1, 1, 5, dtype=dtype)
+            halving.optimizer()([param]).step()
+            total = total + param.detach().float()
+        return total
+
+    expected = stepped()
+
+    def refuse(*_):
+        raise llvm.TargetUnsupported("no such machine")
+
+    monkeypatch.setattr(llvm, "compile_phase", refuse)
+    with pytest.warns(UserWarning, match="reference back end, which is slow .*: no such machine") as told:
+        assert torch.equal(stepped(), expected)
+    assert len(told) == 1
