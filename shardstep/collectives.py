@@ -146,6 +146,14 @@ class Group:
             return Pending((), label, self)
         return self._messages(flat.chunk(self.size), received, tag, label)
 
+    def deal(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], *, tag: int, label: str) -> Pending:
+        """Send ``outgoing[rank]`` to every peer and receive ``incoming[rank]`` from it, of whatever lengths; what is
+        empty does not travel.
+        """
+        if self.size == 1:
+            return Pending((), label, self)
+        return self._messages(outgoing, incoming, tag, label)
+
     def broadcast(self, tensor: Tensor, *, label: str) -> None:
         """Overwrite ``tensor`` with rank 0's."""
         if self.size > 1:
@@ -201,9 +209,13 @@ class Group:
         operations: list[tuple[Any, Any, int]] = []
         for distance in range(1, self.size):
             target, source = (self.rank + distance) % self.size, (self.rank - distance) % self.size
-            operations.append((dist.isend, outgoing[target], self._ranks[target]))
-            operations.append((dist.irecv, incoming[source], self._ranks[source]))
-            self._count(outgoing[target].nbytes)
+            if outgoing[target].numel():
+                operations.append((dist.isend, outgoing[target], self._ranks[target]))
+                self._count(outgoing[target].nbytes)
+            if incoming[source].numel():
+                operations.append((dist.irecv, incoming[source], self._ranks[source]))
+        if not operations:
+            return Pending((), label, self)
         try:
             if self._batched:
                 batch = [dist.P2POp(call, tensor, peer, self._data) for call, tensor, peer in operations]

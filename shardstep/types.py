@@ -3,10 +3,11 @@
 Nothing here computes, and nothing here knows where a gradient came from or who else holds the rest.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+import torch
 from torch import Tensor, nn
 
 BLOCK_NUMEL: Final = 1024
@@ -41,6 +42,46 @@ class Segment:
     seed: int | None = None
 
 
+@dataclass(frozen=True)
+class Whole:
+    """A tensor that is updated now, on this rank or another, by a rule with matrix products.
+
+    The entries mean what those of a `Segment` of all its elements would; ``compute``: the dtype of its master.
+    """
+
+    group: int
+    step: int
+    shape: tuple[int, ...]
+    compute: torch.dtype
+    grad_scale: float
+    offset: int
+
+
+class Owners(Protocol):
+    """Where whole tensors are put together: each has one rank that owns it. Collective; in flat tensors.
+
+    ``tensors``: all that are updated, the same list on every rank; ``owned``: the places in it of those that this rank
+    owns.
+    """
+
+    @property
+    def tensors(self) -> Sequence[Whole]: ...
+
+    @property
+    def owned(self) -> Sequence[int]: ...
+
+    def gather(self, pieces: Sequence[Sequence[Tensor]], dtypes: Sequence[Sequence[torch.dtype]]) -> list[list[Tensor]]:
+        """From values of each segment of the batch, those of the whole tensors that this rank owns.
+
+        ``dtypes``: for each of ``tensors``, those of its values.
+        """
+
+    def scatter(
+        self, wholes: Sequence[Sequence[Tensor]], dtypes: Sequence[Sequence[torch.dtype]]
+    ) -> list[list[Tensor]]:
+        """From values of the whole tensors that this rank owns, those of each segment of the batch."""
+
+
 @dataclass
 class Batch:
     """Segments that are updated together: those of one flat space.
@@ -48,12 +89,14 @@ class Batch:
     ``updated``: (group, step) of every tensor of the space that is updated now, on this rank or another.
     ``combine`` takes, for each segment, ``count`` sums over its blocks of 1,024 places (float64, one value for each
     block that it touches; it may give fewer sums), and returns the same for the whole tensors that the segments are
-    parts of, in order. Every rank calls it equally often, also without segments.
+    parts of, in order. Every rank calls it equally often, also without segments. ``owners``: for a rule with matrix
+    products, whose batch is of several spaces; None where segments are whole tensors anyway.
     """
 
     segments: list[Segment]
     updated: list[tuple[int, int]]
     combine: Callable[[list[list[Tensor]], int], list[list[Tensor]]]
+    owners: Owners | None = None
 
 
 class FlatSource(Protocol):
@@ -64,6 +107,9 @@ class FlatSource(Protocol):
 
         ``per_tensor``: no segment may run over two tensors, because the rule looks at whole ones.
         """
+
+    def whole_batches(self) -> Iterator[Batch]:
+        """The same for a rule with matrix products: all in one batch, with the `Owners` of its tensors."""
 
     def discard(self) -> None:
         """Forget the gradients (``zero_grad``)."""

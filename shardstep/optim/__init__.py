@@ -5,6 +5,7 @@ This room never hears of ranks: an optimizer works alone on one device, or is ha
 """
 
 from shardstep.optim.adamw import AdamW
+from shardstep.optim.muon import Muon
 from shardstep.optim.optimizer import Optimizer
 
-__all__ = ["AdamW", "Optimizer"]
+__all__ = ["AdamW", "Muon", "Optimizer"]

@@ -50,7 +50,7 @@ class Optimizer(torch.optim.Optimizer):
     def states(self) -> tuple[State, ...]:
         """The states that the rule has with the flags of any group, in order."""
         compiled = compile_rule(self.rule)
-        used = {state.name for group in self.param_groups for state in compiled.states(group)}
+        used = {state.name for group in self._hyperparameters() for state in compiled.states(group)}
         return tuple(state for state in self.rule.declared if state.name in used)
 
     @property
@@ -68,6 +68,20 @@ class Optimizer(torch.optim.Optimizer):
                 f"which is {compiled.locality} ({compiled.reason}); such rules run unsharded so far"
             )
         return states
+
+    @property
+    def needs_owners(self) -> bool:
+        """Whether the rule has matrix products, so that whole tensors must come together at an owner."""
+        return compile_rule(self.rule).locality == "matrix"
+
+    def moved_bytes(self, param: Tensor, compute: torch.dtype) -> tuple[int, int]:
+        """How many bytes of each element of ``param`` go to its owner in a step, and how many come back."""
+        group = next(group for group in self.param_groups if any(param is own for own in group["params"]))
+        return compile_rule(self.rule).moved_bytes(tuple(param.shape), self.rule_hyperparameters(group), compute)
+
+    def rule_hyperparameters(self, group: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The entries of ``group`` as the rule takes them: numbers, tuples of numbers, True or False."""
+        return group
 
     def check_group(self, group: Mapping[str, Any], where: str) -> None:
         """Raise ConfigError if a hyper-parameter of ``group`` is out of range; ``where`` names the group."""
@@ -141,9 +155,14 @@ class Optimizer(torch.optim.Optimizer):
                 self._step_alone()
             else:
                 compiled = compile_rule(self.rule)
-                for batch in self._source.batches(per_tensor=compiled.locality != "elementwise"):
-                    compiled.update(batch, self.param_groups)
+                source, per_tensor = self._source, compiled.locality != "elementwise"
+                batches = source.whole_batches() if self.needs_owners else source.batches(per_tensor=per_tensor)
+                for batch in batches:
+                    compiled.update(batch, self._hyperparameters())
         return loss
+
+    def _hyperparameters(self) -> list[Mapping[str, Any]]:
+        return [self.rule_hyperparameters(group) for group in self.param_groups]
 
     def _step_alone(self) -> None:
         segments, converted = list[Segment](), list[tuple[Tensor, Tensor]]()
@@ -158,7 +177,7 @@ class Optimizer(torch.optim.Optimizer):
                     )
                 segments.append(self._segment(param, index, converted))
         updated = [(segment.group, segment.step) for segment in segments]
-        compile_rule(self.rule).update(Batch(segments, updated, lambda sums, _: sums), self.param_groups)
+        compile_rule(self.rule).update(Batch(segments, updated, lambda sums, _: sums), self._hyperparameters())
         for param, master in converted:
             param.copy_(master)
         increment_version([segment.param for segment in segments])  # autograd cannot see what a kernel writes

@@ -23,8 +23,9 @@ from shardstep.rules.backends.evaluation import exactly
 from shardstep.rules.binding import Binding, PhaseKernel, check_arrays, check_dtypes, compute_dtype
 from shardstep.rules.ir import Phase, Phases, Program, State
 from shardstep.rules.language import Rule
-from shardstep.rules.locality import locality, needs_whole_tensors
+from shardstep.rules.locality import locality, needs_whole_tensors, runs_in_steps
 from shardstep.rules.lower import program_of
+from shardstep.rules.matrices import MatrixUpdate, view_of
 from shardstep.rules.passes import compile_truths, cut, stages, used_arrays
 from shardstep.rules.scalars import Scalars, compile_scalars
 from shardstep.types import Batch, Segment
@@ -109,6 +110,7 @@ class CompiledRule:
         self._programs: dict[_Form, Program] = {}
         self._phases: dict[_Form, Phases] = {}
         self._variants: dict[tuple[Any, ...], _Variant] = {}
+        self._matrices = MatrixUpdate(self._program_for, _back_end) if runs_in_steps(self.program) else None
 
     def states(self, hypers: Hypers) -> tuple[State, ...]:
         """The states that are there with these flags, in order; the others are neither read nor written."""
@@ -125,6 +127,9 @@ class CompiledRule:
             for segment in batch.segments:
                 self._update_whole(segment, groups[segment.group])
             return
+        if self._matrices is not None:
+            self._matrices.update(batch, groups)
+            return
         jobs = self._jobs(batch.segments, groups)
         if self.locality == "reduced":
             self._make_sums(batch, jobs, groups)
@@ -134,12 +139,17 @@ class CompiledRule:
         for variant, rows in together.values():
             _run(variant.passes[-1].kernel, rows)
 
+    def moved_bytes(self, shape: tuple[int, ...], group: Hypers, compute: torch.dtype) -> tuple[int, int]:
+        """Of a rule with matrix products: the bytes of an element that go to a tensor's owner, and that come back."""
+        return (0, 0) if self._matrices is None else self._matrices.moved_bytes(shape, group, compute)
+
     def _update_whole(self, segment: Segment, group: Hypers) -> None:
         """One whole tensor, on the reference back end."""
         check_dtypes(segment)
         hypers, compute = _hypers(segment, group), compute_dtype(segment.param)
-        program = self._program_for(hypers, compute, noise.rounded_dtype(segment))
         shape = segment.shape or ()
+        hypers["rows"], hypers["columns"] = view_of(shape)
+        program = self._program_for(hypers, compute, noise.rounded_dtype(segment))
         arrays = {"param": segment.param.view(shape), "grad": segment.grad.view(shape)}
         for state in self.program.states:
             if state.name in segment.state:

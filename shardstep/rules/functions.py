@@ -40,6 +40,11 @@ def tanh(x: Any) -> Any:
     _outside("tanh")
 
 
+def bfloat16(x: Any) -> Any:
+    """x rounded to bfloat16, to nearest even. ``bfloat16(x @ y)`` of two such values is one product in bfloat16."""
+    _outside("bfloat16")
+
+
 def sign(x: Any) -> Any:
     """-1, 0 or 1; 0 for NaN."""
     _outside("sign")

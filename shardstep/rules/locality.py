@@ -32,7 +32,15 @@ def locality(program: Program) -> tuple[Locality, str]:
 
 def needs_whole_tensors(program: Program) -> bool:
     """Whether it runs on whole tensors only, on the reference back end."""
-    return locality(program)[0] in ("factored", "matrix") or any(state.shape != "element" for state in program.states)
+    looks_wide = locality(program)[0] in ("factored", "matrix")
+    return not runs_in_steps(program) and (looks_wide or any(state.shape != "element" for state in program.states))
+
+
+def runs_in_steps(program: Program) -> bool:
+    """Whether it has matrix products and is cut into steps: it has no row and column values and no such states."""
+    made = {line.type.shape for line in _needed(program)}
+    only_elements = set(program.shapes.values()) == {"element"}
+    return locality(program)[0] == "matrix" and only_elements and not made & {"row", "column"}
 
 
 def _needed(program: Program) -> list[Instruction]:
@@ -46,6 +54,8 @@ def _needed(program: Program) -> list[Instruction]:
 def _demanded(program: Program, line: Instruction) -> Locality:
     match line.operation:
         case "matmul" | "transpose":
+            return "matrix"
+        case "hyper" if line.attributes[0] in ("rows", "columns"):
             return "matrix"
         case "row_sum" | "column_sum":
             return "factored"

@@ -15,12 +15,12 @@ from shardstep.rules.backends import llvm, triton
 from shardstep.rules.binding import Binding, stored_dtype
 from shardstep.rules.check import check
 from shardstep.rules.check import to_text as types_to_text
-from shardstep.rules.ir import to_text
-from shardstep.rules.language import Rule
-from shardstep.rules.locality import locality, needs_whole_tensors
+from shardstep.rules.ir import Product, Steps, Sweep, Turn, to_text
+from shardstep.rules.language import GIVEN, Rule
+from shardstep.rules.locality import locality, needs_whole_tensors, runs_in_steps
 from shardstep.rules.lower import lower, program_of
 from shardstep.rules.parse import parse
-from shardstep.rules.passes import compile_phases, cut, stages, truths
+from shardstep.rules.passes import compile_phases, cut, cut_steps, stages, truths
 from shardstep.rules.scalars import expression
 from shardstep.rules.trace_values import Line, first_non_finite, trace_values
 
@@ -79,12 +79,12 @@ def explain(rule: Rule, values: Mapping[str, float], hypers: Mapping[str, object
 
 def complete(rule: Rule, given: Mapping[str, object]) -> dict[str, object]:
     """All hyper-parameters: those given, then the defaults. Raises ConfigError for unknown and missing ones."""
-    if unknown := given.keys() - rule.hyperparameters.keys() - {"step"}:
-        names = ", ".join([*rule.hyperparameters, "step"])
+    if unknown := given.keys() - rule.hyperparameters.keys() - set(GIVEN):
+        names = ", ".join([*rule.hyperparameters, *GIVEN])
         raise ConfigError(
             f"expected hyper-parameters of {rule.name!r} ({names}), got {', '.join(sorted(unknown))}; correct the name"
         )
-    hypers = {"step": 2, **rule.hyperparameters, **given}
+    hypers = {"step": 2, "rows": 1, "columns": 1, **rule.hyperparameters, **given}
     if missing := [name for name, value in hypers.items() if value is None]:
         raise ConfigError(
             f"expected values for {', '.join(missing)} of {rule.name!r}, which have no default; give them"
@@ -98,6 +98,8 @@ def _passes(rule: Rule, hypers: Mapping[str, object]) -> str:
     told = [f"--- after {name}\n{to_text(made)}" for name, made in after]
     if needs_whole_tensors(program):
         return "\n".join(told)
+    if runs_in_steps(program):
+        return "\n".join([*told, _steps(cut_steps(after[-1][1]))])
     phases = cut(after[-1][1])
     for number, phase in enumerate(phases.phases):
         scalars = [f"s{i} = {expression(phases.program, n)}\n" for i, n in enumerate(phase.scalars)]
@@ -105,13 +107,49 @@ def _passes(rule: Rule, hypers: Mapping[str, object]) -> str:
     return "\n".join(told)
 
 
+def _steps(steps: Steps) -> str:
+    told = []
+    for part, inside in (("head", steps.head), ("middle", steps.middle), ("tail", steps.tail)):
+        for step in inside:
+            if isinstance(step, Sweep):
+                scalars = [f"s{i} = {expression(steps.program, n)}\n" for i, n in enumerate(step.phase.scalars)]
+                told.append(f"--- {part}: a pass\n{''.join(scalars)}{to_text(step.phase.body)}")
+            else:
+                told.append(f"--- {part}: {_whole(steps, step)}\n")
+    return "\n".join(told)
+
+
+def _whole(steps: Steps, step: Product | Turn) -> str:
+    def name(buffer: int, turned: bool = False) -> str:
+        return steps.buffers[buffer].name + (".T" if turned else "")
+
+    if isinstance(step, Turn):
+        return f"{name(step.result)} = {name(step.source, True)}"
+    how = ", in bfloat16" if steps.buffers[step.result].narrow else ""
+    return f"{name(step.result)} = {name(step.left, step.left_turned)} @ {name(step.right, step.right_turned)}{how}"
+
+
 def _code(rule: Rule, stage: str, hypers: Mapping[str, object]) -> str:
     program = program_of(rule)
+    if runs_in_steps(program):
+        after = stages(program, truths(program, complete(rule, hypers)), COMPUTE)
+        return _code_of_steps(cut_steps(after[-1][1]), stage)
     phases = compile_phases(program, truths(program, complete(rule, hypers)), COMPUTE)
     declared = ((state.name, stored_dtype(state) or COMPUTE) for state in program.states)
     stored = (("param", COMPUTE), ("grad", COMPUTE), *declared)
-    make = {"llvm": llvm.to_llvm, "asm": llvm.to_assembly, "triton": triton.source}[stage]
-    return "\n".join(make(phase, Binding(COMPUTE, stored)) for phase in phases.phases)
+    return "\n".join(_MAKE[stage](phase, Binding(COMPUTE, stored)) for phase in phases.phases)
+
+
+def _code_of_steps(steps: Steps, stage: str) -> str:
+    """Of the passes; products are torch's."""
+    arrays = [("param", COMPUTE), ("grad", COMPUTE)]
+    arrays += [(state.name, stored_dtype(state) or COMPUTE) for state in steps.program.states]
+    arrays += [(b.name, torch.bfloat16 if b.narrow else COMPUTE) for b in steps.buffers.values()]
+    sweeps = [step for step in (*steps.head, *steps.middle, *steps.tail) if isinstance(step, Sweep)]
+    return "\n".join(_MAKE[stage](sweep.phase, Binding(COMPUTE, tuple(arrays))) for sweep in sweeps)
+
+
+_MAKE: Final = {"llvm": llvm.to_llvm, "asm": llvm.to_assembly, "triton": triton.source}
 
 
 def _instruction(line: Line, lines: list[Line]) -> str:

@@ -17,17 +17,21 @@ from shardstep.config import Precision, Schedule, Stage
 from shardstep.layout import Layout
 from shardstep.sharding.hooks import begins_backward
 from shardstep.sharding.memory import Bytes, Ledger
+from shardstep.sharding.ownership import moving_bytes, places
 from shardstep.sharding.reduce import Home, Partial, Tree
 
 
 @dataclass(frozen=True)
 class SpaceSize:
-    """What the formula needs to know of a space."""
+    """What the formula needs to know of a space. ``moved``: for a rule with matrix products, the bytes of an element of
+    each tensor that go to its owner and come back.
+    """
 
     layout: Layout
     precision: Precision
     trained: bool
     stage: Stage
+    moved: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Formula:
 
     def traffic(self) -> int:
         """Bytes that one rank sends in a step to gather, exchange and publish (norms and control left out)."""
-        return sum(
+        return self._moving()[1] + sum(
             self._sent(space, 1 if begins_backward(order, len(self.units), self.prefetch) else 2)
             for order, unit in enumerate(self.units)
             for space in unit
@@ -131,8 +135,18 @@ class Formula:
                 leaves.tree.total()
         whole = [leaves.whole_sum() for unit in spaces for leaves in unit]
         pairs = [sum(whole[start : start + 2]) for start in range(len(whole))]
-        ledger.count("gradients", max(pairs, default=0))
+        moves = any(space.moved for space in self._trained())
+        ledger.count("gradients", sum(whole) + self._moving()[0] if moves else max(pairs, default=0))
         return ledger.peak.gradients
+
+    def _moving(self) -> tuple[int, int]:
+        """The bytes that owners of whole tensors need at most, and those that this rank sends for them."""
+        trained = [space for space in self._trained() if space.moved]
+        if self.world_size == 1 or not trained:
+            return 0, 0
+        at = places([(space.layout, space.stage) for space in trained], self.world_size)
+        moved = [bytes_ for space in trained for bytes_ in space.moved]
+        return moving_bytes([place for own in at for place in own], moved, self.rank)
 
     def _sent(self, space: SpaceSize, gathers: int) -> int:
         """Every run goes to every peer: one copy of a shard for each of the others.

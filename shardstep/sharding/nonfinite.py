@@ -19,12 +19,12 @@ class NonFiniteTrace:
 
     def __init__(self, optimizer: Optimizer, group: Group) -> None:
         self._optimizer, self._group = optimizer, group
-        self._before: list[Segment] = []
+        self._before: dict[int, list[Segment]] = {}
         self._found: str | None = None
 
-    def remember(self, segments: list[Segment]) -> None:
-        """Keep what ``segments`` hold before they are updated."""
-        self._before = [
+    def remember(self, space: Space, segments: list[Segment]) -> None:
+        """Keep what ``segments`` of a space hold before they are updated."""
+        self._before[space.tag] = [
             replace(
                 segment,
                 param=segment.param.clone(),
@@ -36,10 +36,9 @@ class NonFiniteTrace:
 
     def look(self, space: Space, segments: list[Segment]) -> None:
         """Search the updated ``segments``, unless something was found before in this step."""
-        for before, after in zip(self._before, segments, strict=True):
+        for before, after in zip(self._before.pop(space.tag), segments, strict=True):
             if self._found is None:
                 self._found = self._search(space, before, after)
-        self._before = []
 
     def raise_if_found(self, step: int) -> None:
         """Raise NonFiniteUpdateError on every rank if any has found something. Collective."""

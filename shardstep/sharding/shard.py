@@ -165,10 +165,20 @@ def shard(
     for module in model.modules():
         setattr(module, ATTRIBUTE, whole)
     optimizer.attach(step)
-    sizes = [[SpaceSize(s.layout, s.precision, s.trained, s.stage) for s in unit.spaces] for unit in built]
+    sizes = [
+        [SpaceSize(s.layout, s.precision, s.trained, s.stage, _moved(s, optimizer)) for s in unit.spaces]
+        for unit in built
+    ]
     states = tuple(stored_dtype(declared) for declared in optimizer.flat_states)
     formula = Formula(sizes, ranks.size, 1, prefetch, states, schedule_, ranks.rank)
     return Sharded(built, ranks, ledger, gradients, step, formula)
+
+
+def _moved(space: Space, optimizer: Optimizer) -> tuple[tuple[int, int], ...]:
+    """What travels to the owner of each tensor of a space and back, in bytes of an element."""
+    if not (space.trained and optimizer.needs_owners):
+        return ()
+    return tuple(optimizer.moved_bytes(parameter, space.precision.master) for parameter in space.parameters)
 
 
 def _build(plans: list[UnitPlan], group: Group, ledger: Ledger) -> list[Unit]:

@@ -3,8 +3,9 @@
 `Step` is the optimizer's `FlatSource`: it never knows which rule runs, only where its numbers lie.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,9 @@ from shardstep.sharding.combination import Combination, Key
 from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.memory import Ledger
 from shardstep.sharding.nonfinite import NonFiniteTrace
+from shardstep.sharding.ownership import Gathering, Place, places
 from shardstep.sharding.space import Space
-from shardstep.types import Batch, Segment
+from shardstep.types import Batch, Segment, Whole
 
 
 @dataclass
@@ -62,16 +64,9 @@ class Step:
 
     def batches(self, *, per_tensor: bool) -> Iterator[Batch]:
         """Everything that this rank updates, space by space; each is published as soon as it is updated."""
-        self._check_not_held()
-        self._agree()
-        if not self._gradients.leaves:
+        if not self._begin():
             return
-        self._gradients.check_complete_subtrees()
-        self._gradients.finish()
-        for space in self._spaces:
-            space.tree.total()
-        scale = self._scale()
-        groups = self._group_of_each()
+        scale, groups = self._scale(), self._group_of_each()
         publishing: list[Pending] = []
         coming = self._gradient(self._spaces[0])
         for space, following in zip(self._spaces, [*self._spaces[1:], None], strict=True):
@@ -82,21 +77,37 @@ class Step:
             segments = [self._segment(space, values, run, scale) for run in runs]
             updated = [key for key in keys if key is not None]
             if self._trace is not None:
-                self._trace.remember(segments)
+                self._trace.remember(space, segments)
             yield Batch(segments, updated, Combination(space, keys, self._group, self._gradients.step))
+            publishing += self._updated(space, segments, gradient)
+        self._end(publishing)
+
+    def whole_batches(self) -> Iterator[Batch]:
+        """Everything in one batch, so that whole tensors are put together at all owners at the same time."""
+        if not self._begin():
+            return
+        scale, groups = self._scale(), self._group_of_each()
+        gradients = [self._gradient(space) for space in self._spaces]
+        keys = [self._count_steps(space, groups) for space in self._spaces]
+        segments: list[list[Segment]] = []
+        for space, gradient, own in zip(self._spaces, gradients, keys, strict=True):
+            values = gradient.wait()
+            segments.append([self._segment(space, values, run, scale) for run in _tensors(space, own)])
             if self._trace is not None:
-                self._trace.look(space, segments)
-            if gradient.taken:
-                self._ledger.give("gradients", gradient.values)
-            space.free()  # whole from a forward without a backward, and no longer what the shards hold
-            if (published := space.publish(f"publishing step {self._gradients.step}")) is not None:
-                publishing.append(published)
-        for pending in publishing:
-            pending.wait()
-        self._buffers.follow_rank_0()
-        self._gradients.spend()
-        if self._trace is not None:
-            self._trace.raise_if_found(self._gradients.step - 1)
+                self._trace.remember(space, segments[-1])
+        combinations = [
+            Combination(space, own, self._group, self._gradients.step)
+            for space, own in zip(self._spaces, keys, strict=True)
+        ]
+        owners = self._owners(keys, scale) if self._group.size > 1 else None
+        updated = [key for own in keys for key in own if key is not None]
+        yield Batch([s for own in segments for s in own], updated, _together(combinations, segments), owners)
+        if owners is not None:
+            owners.release()
+        publishing: list[Pending] = []
+        for space, own_segments, gradient in zip(self._spaces, segments, gradients, strict=True):
+            publishing += self._updated(space, own_segments, gradient)
+        self._end(publishing)
 
     def discard(self) -> None:
         self._gradients.discard()
@@ -134,6 +145,47 @@ class Step:
         return flat
 
     # - the parts of a step
+
+    def _begin(self) -> bool:
+        """Agree with the other ranks and sum the leaves; whether there are any."""
+        self._check_not_held()
+        self._agree()
+        if not self._gradients.leaves:
+            return False
+        self._gradients.check_complete_subtrees()
+        self._gradients.finish()
+        for space in self._spaces:
+            space.tree.total()
+        return True
+
+    def _updated(self, space: Space, segments: list[Segment], gradient: _Gradient) -> list[Pending]:
+        """Give back what the update of a space needed, and begin to publish what it made."""
+        if self._trace is not None:
+            self._trace.look(space, segments)
+        if gradient.taken:
+            self._ledger.give("gradients", gradient.values)
+        space.free()  # whole from a forward without a backward, and no longer what the shards hold
+        published = space.publish(f"publishing step {self._gradients.step}")
+        return [] if published is None else [published]
+
+    def _end(self, publishing: list[Pending]) -> None:
+        for pending in publishing:
+            pending.wait()
+        self._buffers.follow_rank_0()
+        self._gradients.spend()
+        if self._trace is not None:
+            self._trace.raise_if_found(self._gradients.step - 1)
+
+    def _owners(self, keys: list[list[Key]], scale: float) -> Gathering:
+        tensors, at = list[Whole](), list[Place]()
+        found = places([(space.layout, space.stage) for space in self._spaces], self._group.size)
+        for space, own, there in zip(self._spaces, keys, found, strict=True):
+            for slot, key, place in zip(space.layout.slots, own, there, strict=True):
+                if key is not None:
+                    tensors.append(Whole(*key, slot.shape, space.precision.master, scale, slot.offset))
+                    at.append(place)
+        last = 2 * max(space.tag for space in self._spaces) + 1
+        return Gathering(tensors, at, self._group, self._ledger, (last + 1, last + 2), self._gradients.step)
 
     def _check_not_held(self) -> None:
         if any(space.held for space in self._spaces):
@@ -205,6 +257,20 @@ class Step:
             offset=run.start,
             shape=run.shape,
         )
+
+
+def _together(
+    combinations: list[Combination], segments: list[list[Segment]]
+) -> Callable[[list[list[Tensor]], int], list[list[Tensor]]]:
+    """One combination of those of several spaces."""
+
+    def combine(partials: list[list[Tensor]], count: int) -> list[list[Tensor]]:
+        rest, whole = iter(partials), list[list[Tensor]]()
+        for combination, own in zip(combinations, segments, strict=True):
+            whole += combination(list(islice(rest, len(own))), count)
+        return whole
+
+    return combine
 
 
 @dataclass

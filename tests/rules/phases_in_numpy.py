@@ -35,7 +35,16 @@ def words(like):
     return np.uint32 if like.dtype.itemsize == 4 else np.uint64
 
 
+def bfloat16(x):
+    """To nearest even, by scaling: exact in float64 for float32 and float64 values."""
+    wide = x.astype(np.float64)
+    scale = np.maximum(np.frexp(np.where(np.isfinite(wide), wide, 1.0))[1], -125) - 8
+    near = np.ldexp(np.rint(np.ldexp(wide, -scale)), scale)
+    return np.where(np.abs(near) >= 2.0**128, np.copysign(np.inf, near), near).astype(x.dtype)
+
+
 NUMPY = {
+    "bfloat16": bfloat16,
     "neg": np.negative,
     "abs": np.abs,
     "sign": lambda x: (x > 0).astype(x.dtype) - (x < 0).astype(x.dtype),

@@ -15,6 +15,7 @@ from shardstep.rules.locality import locality
 from shardstep.rules.lower import program_of
 from tests.rules import elsewhere
 from tests.rules.examples import adafactor, lamb, lion, muon, sgd
+from tests.rules.phases_in_numpy import bfloat16
 
 EXAMPLES = [adamw, lion, sgd, lamb, adafactor, muon]
 LOWERED = Path(__file__).parent / "lowered"
@@ -38,6 +39,7 @@ NUMPY = {
     "tanh": np.tanh,
     "abs": np.abs,
     "sign": np.sign,
+    "bfloat16": bfloat16,
     "minimum": np.minimum,
     "maximum": np.maximum,
     "clip": lambda x, low, high: np.minimum(np.maximum(x, low), high),
@@ -69,7 +71,7 @@ def in_python(definition):
 
 
 OPERATIONS = {
-    **{name: NUMPY[name] for name in "sqrt rsqrt exp log tanh abs sign minimum maximum fma where sum".split()},
+    **{name: NUMPY[name] for name in "sqrt rsqrt exp log tanh abs sign bfloat16 minimum maximum fma where sum".split()},
     **{"add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "pow": np.power, "neg": np.negative},
     **{"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "eq": np.equal},
     **{"ne": np.not_equal, "and": np.logical_and, "or": np.logical_or, "not": np.logical_not, "choose": np.where},
@@ -136,7 +138,7 @@ def test_branches_become_choices(flags):
 @rule
 def every_word(param, grad, m=zeros, *, lr=0.5, betas=(0.1, 0.2), flag=True):
     m = fma(m, lr, exp(-grad)) + log(param) * tanh(grad) - abs(grad)
-    m = m + clip(grad, -0.1, 0.2) + lerp(m, grad, lr) + rsqrt(m * m) + sign(grad)
+    m = m + clip(grad, -0.1, 0.2) + lerp(m, grad, lr) + rsqrt(m * m) + sign(grad) + bfloat16(grad)
     scale = sum(m) / mean(grad) + max_abs(param) * norm(m)
     rows = row_mean(param) * col_mean(grad) + mean(row_mean(m)) + mean(col_mean(m)) + mean(m @ m.T) + mean(m.T @ m)
     lr2 = sqrt(lr) if lr > betas[0] + betas[-1] and not (flag or lr >= 2) else lr

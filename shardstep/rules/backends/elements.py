@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from shardstep.rules import ir
-from shardstep.rules.backends.rounding import NUMPY, fma32, fma64
+from shardstep.rules.backends.rounding import NUMPY, fma32, fma64, to_low, widen
 from shardstep.rules.passes.elementary import ELEMENTARY, expand
 
 Array = NDArray[Any]
@@ -98,6 +98,10 @@ def _fma(a: Array, b: Array, c: Array) -> Array:
     return fma32(a, b, c) if a.dtype == np.float32 else fma64(a, b, c)
 
 
+def _bfloat16(a: Array) -> Array:
+    return widen(to_low(a, torch.bfloat16), torch.bfloat16).astype(a.dtype)
+
+
 def _rsqrt(a: Array) -> Array:
     return np.asarray(a.dtype.type(1) / np.sqrt(a))
 
@@ -125,6 +129,7 @@ _FUNCTIONS: Final[dict[str, Callable[..., Any]]] = {
     "sign": _sign,
     "sqrt": np.sqrt,
     "rsqrt": _rsqrt,
+    "bfloat16": _bfloat16,
     "exp": _on_host(math.exp, np.exp),
     "log": _on_host(math.log, np.log),
     "tanh": _on_host(math.tanh, np.tanh),

@@ -14,21 +14,23 @@ the same for all tensors; a `tensor` value is one number for each tensor; `row` 
 row or column of the parameter seen as a matrix; an `element`, one for each of its elements (and r × c where whole
 matrices meet); `rr`, `cc` and `cr` are the other matrices that can be made of it.
 
-`operations` says which operations there are; `program` holds them; `phase` cuts them into passes over memory; `text`
-prints and reads them; `verify` checks them. Uniform and tensor values are float64 on the host, rounded once where
-they meet the others. Nothing here knows Python's syntax, a back end, or a dtype other than the name that a state is
-stored in.
+`operations` says which operations there are; `program` holds them; `phase` cuts them into passes over memory, and
+`steps` those with matrix products; `text` prints and reads them; `verify` checks them. Uniform and tensor values are
+float64 on the host, rounded once where they meet the others. Nothing here knows Python's syntax, a back end, or a dtype
+other than the name that a state is stored in.
 """
 
 from shardstep.rules.ir.operations import OPERATIONS, Kind, Operation, Shape, Type
 from shardstep.rules.ir.phase import Phase, Phases
 from shardstep.rules.ir.program import Attribute, Builder, Hyper, Instruction, Place, Program, State
+from shardstep.rules.ir.steps import Buffer, Product, Step, Steps, Sweep, Turn
 from shardstep.rules.ir.text import parse_text, to_text
 from shardstep.rules.ir.verify import VerifyError, verify
 
 __all__ = [
     "OPERATIONS",
     "Attribute",
+    "Buffer",
     "Builder",
     "Hyper",
     "Instruction",
@@ -37,9 +39,14 @@ __all__ = [
     "Phase",
     "Phases",
     "Place",
+    "Product",
     "Program",
     "Shape",
     "State",
+    "Step",
+    "Steps",
+    "Sweep",
+    "Turn",
     "Type",
     "VerifyError",
     "parse_text",

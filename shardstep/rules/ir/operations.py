@@ -3,6 +3,8 @@
 Bits: `add sub mul div sqrt fma` round once, to nearest even. `minimum` and `maximum` give NaN if either is NaN, and
 +0 of zeros of either sign. `sign` gives 0 for NaN and zeros. `neg` and `abs` change the sign bit only. Comparisons
 with NaN are false, but for `ne`. Words wrap around. Which NaN a NaN is, is not fixed.
+`bfloat16` rounds once to bfloat16, to
+nearest even, and stays real.
 `exp log tanh rsqrt pow` have no fixed bits of their own: a pass replaces them by the ones above.
 """
 
@@ -57,7 +59,7 @@ OPERATIONS: dict[str, Operation] = {
     "rows": Operation("source", (), "real"),
     "columns": Operation("source", (), "real"),
     "index": Operation("source", (), "word"),
-    **_pointwise("r", "real", "neg abs sign sqrt rsqrt exp log tanh"),
+    **_pointwise("r", "real", "neg abs sign sqrt rsqrt exp log tanh bfloat16"),
     **_pointwise("rr", "real", "add sub mul div minimum maximum pow"),
     **_pointwise("rrr", "real", "fma"),
     **_pointwise("rr", "bool", "lt le gt ge eq ne"),

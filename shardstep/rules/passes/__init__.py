@@ -2,11 +2,11 @@
 
 Every pass is Program -> Program, shows before → after in its docstring, and keeps the bits of every number that is
 stored, but for `gradient` and `stochastic`, which put in what rules leave unsaid. `pipeline` runs them in order with
-the verifier between; `split` comes last and makes phases. Nothing here knows a back end or an optimizer; only
-`stochastic` knows a dtype that an array is stored in.
+the verifier between; `split` or `steps` comes last and makes what back ends run. Nothing here knows a back end or an
+optimizer; only `stochastic` knows a dtype that an array is stored in.
 """
 
-from shardstep.rules.passes.pipeline import compile_phases, cut, stages
+from shardstep.rules.passes.pipeline import compile_phases, cut, cut_steps, stages
 from shardstep.rules.passes.specialise import compile_truths, conditions, truths, used_arrays
 
-__all__ = ["compile_phases", "compile_truths", "conditions", "cut", "stages", "truths", "used_arrays"]
+__all__ = ["compile_phases", "compile_truths", "conditions", "cut", "cut_steps", "stages", "truths", "used_arrays"]

@@ -1,17 +1,17 @@
 """All passes in their order, the verifier between them.
 
     gradient · [stochastic] · specialise · constants · dead · elementary
-    · { constants · strength · common · dead } · split
+    · { constants · strength · common · dead } · split | steps
 
 What is in brackets runs if it is asked for. The braces are gone through until nothing changes: sharing can make two
-branches equal, which then fold.
+branches equal, which then fold. The last pass is `steps` for programs with matrix products.
 """
 
 from collections.abc import Callable, Sequence
 
 import torch
 
-from shardstep.rules.ir import Phases, Program, verify
+from shardstep.rules.ir import Phases, Program, Steps, Sweep, verify
 from shardstep.rules.passes.common import share_common
 from shardstep.rules.passes.constants import fold_constants
 from shardstep.rules.passes.dead import drop_dead
@@ -19,6 +19,7 @@ from shardstep.rules.passes.elementary import expand
 from shardstep.rules.passes.gradient import scale_gradient
 from shardstep.rules.passes.specialise import specialise
 from shardstep.rules.passes.split import split
+from shardstep.rules.passes.steps import split_steps
 from shardstep.rules.passes.stochastic import round_stochastically
 from shardstep.rules.passes.strength import reduce_strength
 
@@ -47,6 +48,16 @@ def cut(program: Program) -> Phases:
     for phase in phases.phases:
         verify(phase.body, "split")
     return phases
+
+
+def cut_steps(program: Program) -> Steps:
+    """The steps of a program with matrix products that has been through `stages`."""
+    steps = split_steps(program)
+    verify(steps.program, "steps")
+    for step in (*steps.head, *steps.middle, *steps.tail):
+        if isinstance(step, Sweep):
+            verify(step.phase.body, "steps")
+    return steps
 
 
 def stages(

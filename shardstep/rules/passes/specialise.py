@@ -14,7 +14,7 @@ after       %0 = hyper maximize : bool uniform
 The branch keeps its own shape: where it is one number for all elements, what is made of it may become so too.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import TypeAlias
 
 from shardstep.errors import RuleError
@@ -72,8 +72,10 @@ def compile_truths(program: Program) -> TruthFunction:
 
 
 def used_arrays(program: Program, hypers: Mapping[str, object]) -> set[str]:
-    """The arrays that are read or written at some step: a branch that depends on ``step`` goes both ways."""
-    open_ = _made_of_step(program)
+    """The arrays that are read or written at some step, of a matrix of some shape: branches on those
+    go both ways.
+    """
+    open_ = _made_of(program, {"step", "rows", "columns"})
 
     def outcomes(values: Sequence[int]) -> Iterator[int]:
         """What the values may be: themselves, or what their branches give."""
@@ -104,10 +106,11 @@ def used_arrays(program: Program, hypers: Mapping[str, object]) -> set[str]:
     return used
 
 
-def _made_of_step(program: Program) -> set[int]:
+def _made_of(program: Program, names: Set[str]) -> set[int]:
+    """The values that depend on one of these hyper-parameters."""
     found: set[int] = set()
     for number, line in enumerate(program.instructions):
-        if line.attributes == ("step",) or not found.isdisjoint(line.arguments):
+        if (line.operation == "hyper" and line.attributes[0] in names) or not found.isdisjoint(line.arguments):
             found.add(number)
     return found
 

@@ -27,7 +27,7 @@ def split(program: Program) -> Phases:
     hosted = _hosted(program)
     ranks = _ranks(program)
     last = max((ranks[value] for _, value in program.stores), default=0)
-    program, carriers = _carry_truths(program, hosted)
+    program, carriers = carry_truths(program, hosted)
     cutter = _Cutter(program, hosted, carriers)
     early = [[n for n, rank in enumerate(ranks) if rank == i and _is_sum(program, n)] for i in range(1, last + 1)]
     return Phases(program, (*(cutter.phase(sums, []) for sums in early), cutter.phase([], list(program.stores))))
@@ -71,7 +71,7 @@ def _ranks(program: Program) -> list[int]:
     return ranks
 
 
-def _carry_truths(program: Program, hosted: list[bool]) -> tuple[Program, dict[int, int]]:
+def carry_truths(program: Program, hosted: list[bool]) -> tuple[Program, dict[int, int]]:
     """The program with 1.0 or 0.0 at its end for each truth value of the host that elements use; their numbers."""
     builder = Builder(program.shapes)
     for line in program.instructions:
@@ -102,7 +102,7 @@ class _Cutter:
         for old in self._inside([self._program.instructions[s].arguments[0] for s in sums] + [v for _, v in stores]):
             line = self._program.instructions[old]
             if self._hosted[old] and line.operation != "const":
-                numbers[old] = _scalar(builder, line, len(scalars))
+                numbers[old] = scalar(builder, line, len(scalars))
                 scalars.append(self._carriers.get(old, old))
             else:
                 numbers[old] = builder.copy(line, tuple(numbers[argument] for argument in line.arguments))
@@ -124,7 +124,7 @@ class _Cutter:
         return sorted(found)
 
 
-def _scalar(builder: Builder, line: Instruction, index: int) -> int:
+def scalar(builder: Builder, line: Instruction, index: int) -> int:
     scalar = builder.hyper(f"s{index}", place=line.place)
     if line.type.kind == "real":
         return scalar

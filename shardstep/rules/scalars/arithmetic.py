@@ -74,6 +74,15 @@ def sign(x: float) -> float:
     return 1.0 if x > 0.0 else -1.0 if x < 0.0 else 0.0
 
 
+def to_bfloat16(x: float) -> float:
+    """The nearest bfloat16, ties to even."""
+    if x == 0.0 or not math.isfinite(x):
+        return x
+    exponent = max(math.frexp(x)[1], -125)
+    rounded = math.ldexp(round(math.ldexp(x, 8 - exponent)), exponent - 8)
+    return math.copysign(math.inf if abs(rounded) >= 2.0**128 else rounded, x)
+
+
 ARITHMETIC: Final[Mapping[str, Callable[..., float]]] = {
     "neg": lambda x: -x,
     "abs": abs,
@@ -83,6 +92,7 @@ ARITHMETIC: Final[Mapping[str, Callable[..., float]]] = {
     "exp": exponential,
     "log": logarithm,
     "tanh": math.tanh,
+    "bfloat16": to_bfloat16,
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
     "mul": lambda a, b: a * b,

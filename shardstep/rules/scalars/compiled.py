@@ -27,6 +27,7 @@ _TEMPLATES: Final[Mapping[str, str]] = {
     "exp": "exp({})",
     "log": "log({})",
     "tanh": "tanh({})",
+    "bfloat16": "to_bfloat16({})",
     "add": "{} + {}",
     "sub": "{} - {}",
     "mul": "{} * {}",
@@ -47,13 +48,13 @@ _TEMPLATES: Final[Mapping[str, str]] = {
     "where": "{1} if {0} else {2}",
     "choose": "{1} if {0} else {2}",
 }
-_SILENT: Final = frozenset({"add", "sub", "mul", "div", "fma"})  # may overflow without an exception
+_SILENT: Final = frozenset({"add", "sub", "mul", "div", "fma", "bfloat16"})  # may overflow without an exception
 _KNOWN: Final = frozenset({"numel", "rows", "columns", "sum", "max"})
 _EXPECTED: Final = (ArithmeticError, ValueError, TypeError, LookupError, RuntimeError)
 _NAMESPACE: Final[Mapping[str, object]] = {
     "__builtins__": {"abs": abs, "float": float, "bool": bool},
     **{name: getattr(math, name) for name in ("sqrt", "exp", "log", "tanh", "pow", "isfinite", "inf", "nan")},
-    **{name: getattr(arithmetic, name) for name in ("sign", "smaller", "larger", "fused")},
+    **{name: getattr(arithmetic, name) for name in ("sign", "smaller", "larger", "fused", "to_bfloat16")},
     "expected": _EXPECTED,
 }
 

@@ -74,13 +74,17 @@ class Body:
         return "\n".join(self._code.lines)
 
     def _instruction(self, line: Instruction) -> str:
-        if line.type.shape != "element" or not (line.operation in ("load", "index") or can_write(line.operation)):
+        known = line.operation in ("load", "index", "bfloat16") or can_write(line.operation)
+        if line.type.shape != "element" or not known:
             raise refusal(self._job.phase.body, line)
         if line.operation == "load":
             return self._load(str(line.attributes[0]))
         if line.operation == "index":
             return self._global_index()
         arguments = [self._value(argument) for argument in line.arguments]
+        if line.operation == "bfloat16":
+            rounded = to_memory(self._code, arguments[0], torch.bfloat16, self._compute)
+            return from_memory(self._code, rounded, torch.bfloat16, self._compute)
         return self._code.operation(line.operation, self._compute, arguments, *line.attributes)
 
     def _value(self, number: int) -> str:

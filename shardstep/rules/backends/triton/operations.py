@@ -55,8 +55,16 @@ _EXPRESSIONS: Final = {
 }
 # On float64, which has no other, the plain words are correctly rounded and Triton refuses the words that say so.
 _ROUNDED: Final = {
-    torch.float32: {"sqrt": "tl.sqrt_rn({0})", "div": "tl.div_rn({0}, {1})"},
-    torch.float64: {"sqrt": "tl.sqrt({0})", "div": "{0} / {1}"},
+    torch.float32: {
+        "sqrt": "tl.sqrt_rn({0})",
+        "div": "tl.div_rn({0}, {1})",
+        "bfloat16": "from_bfloat16(to_bfloat16({0}))",
+    },
+    torch.float64: {
+        "sqrt": "tl.sqrt({0})",
+        "div": "{0} / {1}",
+        "bfloat16": "from_bfloat16(to_bfloat16(to_odd_float32({0}))).to(tl.float64)",
+    },
 }
 
 

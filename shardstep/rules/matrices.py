@@ -1,0 +1,337 @@
+"""Updates by rules with matrix products: passes over what a rank has of a tensor, products where it is whole.
+
+Runs the steps of `ir.steps`. Passes are kernels of the usual back ends, products are torch's: ``torch.matmul`` on
+contiguous matrices that torch has allotted, so on one kind of machine and with one number of threads their bits depend
+on the shapes alone. Who owns which tensor, and how values travel, is the `Owners`' business.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from math import prod
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from shardstep.rules import noise
+from shardstep.rules.backends import blocks
+from shardstep.rules.binding import Binding, PhaseKernel, check_arrays, check_dtypes, compute_dtype
+from shardstep.rules.ir import Phase, Product, Program, Shape, Step, Steps, Sweep, Turn
+from shardstep.rules.passes import cut_steps
+from shardstep.rules.scalars import Scalars, compile_scalars
+from shardstep.types import Batch, Owners, Segment, Whole
+
+Hypers: TypeAlias = Mapping[str, object]
+ProgramFor: TypeAlias = Callable[[Hypers, torch.dtype, torch.dtype | None], Program]
+BackEnd: TypeAlias = Callable[[torch.device], Callable[[Phase, Binding], PhaseKernel]]
+
+_Kernels: TypeAlias = dict[int, PhaseKernel]
+"""Those of the sweeps of a form, by their place among its steps."""
+
+
+def view_of(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The rows and columns that a rule sees."""
+    return (shape[0] if shape else 1), prod(shape[1:])
+
+
+class _Form:
+    """The steps for one way that the conditions go, and what they need to run."""
+
+    def __init__(self, program: Program, compute: torch.dtype) -> None:
+        self.steps: Steps = cut_steps(program)
+        self.compute = compute
+        steps = self.steps
+        self.all: tuple[Step, ...] = (*steps.head, *steps.middle, *steps.tail)
+        self.head, self.tail = range(len(steps.head)), range(len(self.all) - len(steps.tail), len(self.all))
+        self.middle = range(self.head.stop, self.tail.start)
+        self.scalars: dict[int, Scalars] = {
+            place: compile_scalars(steps.program, _scalars_of(step)) for place, step in enumerate(self.all)
+        }
+        self.last = {buffer: place for place, step in enumerate(self.all) for buffer in step.buffers}
+        lines = enumerate(steps.program.instructions)
+        self.counts = [(n, line.operation) for n, line in lines if line.operation in ("numel", "rows", "columns")]
+        self.kernels: dict[tuple[Any, ...], _Kernels] = {}
+
+    def dtypes(self, buffers: Sequence[int]) -> list[torch.dtype]:
+        return [self.dtype(buffer) for buffer in buffers]
+
+    def dtype(self, buffer: int) -> torch.dtype:
+        return torch.bfloat16 if self.steps.buffers[buffer].narrow else self.compute
+
+    def extent(self, buffer: int, shape: tuple[int, int]) -> tuple[int, int]:
+        """Of a whole buffer, for a tensor of this shape."""
+        rows, columns = shape
+        extents: dict[Shape, tuple[int, int]] = {"rr": (rows, rows), "cc": (columns, columns), "cr": (columns, rows)}
+        return extents.get(self.steps.buffers[buffer].extent, shape)
+
+    def rounds(self, places: range) -> list[range]:
+        """``places`` cut after each sweep that makes sums."""
+        cuts = [place + 1 for place in places if isinstance(step := self.all[place], Sweep) and step.phase.sums]
+        bounds = [places.start, *cuts, places.stop]
+        return [range(a, b) for a, b in pairwise(bounds)]
+
+    def sums(self, places: range) -> tuple[tuple[str, int], ...]:
+        """What the last of ``places`` sums up: the operation, and the number of its value."""
+        step = self.all[places[-1]] if places else None
+        if not isinstance(step, Sweep):
+            return ()
+        return tuple((step.phase.body.instructions[inner].operation, outer) for inner, outer in step.phase.sums)
+
+
+class _Desk:
+    """Buffers for tensors of one shape, one after the other, and the matrices that they are; memory is used again.
+
+    ``given``: the buffers that are filled before the first step.
+    """
+
+    def __init__(
+        self, form: _Form, shape: tuple[int, int], places: range, given: Sequence[int], device: torch.device
+    ) -> None:
+        self.buffers: dict[int, Tensor] = {}
+        self.products: dict[int, tuple[Tensor, ...]] = {}
+        self.turns: dict[int, tuple[Tensor, Tensor]] = {}
+        free: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+
+        def take(buffer: int) -> None:
+            numel, dtype = prod(form.extent(buffer, shape)), form.dtype(buffer)
+            kept = free.get((numel, dtype))
+            self.buffers[buffer] = kept.pop() if kept else torch.empty(numel, dtype=dtype, device=device)
+
+        for buffer in given:
+            take(buffer)
+        for place in places:
+            step = form.all[place]
+            for buffer in step.buffers:
+                if buffer not in self.buffers:
+                    take(buffer)
+            views = [self.buffers[buffer].view(form.extent(buffer, shape)) for buffer in step.buffers]
+            if isinstance(step, Product):
+                left = views[0].T if step.left_turned else views[0]
+                right = views[1].T if step.right_turned else views[1]
+                self.products[place] = (left, right, *views[2:])
+            elif isinstance(step, Turn):
+                self.turns[place] = views[0].T, views[1]
+            for memory in {self.buffers[buffer] for buffer in step.buffers if form.last[buffer] == place}:
+                free.setdefault((memory.numel(), memory.dtype), []).append(memory)
+
+
+@dataclass(slots=True)
+class _Job:
+    """A tensor, or what this rank has of it, on its way through the steps. ``desk``: where it is whole."""
+
+    form: _Form
+    kernels: _Kernels
+    hypers: Hypers
+    shape: tuple[int, int]
+    arrays: Mapping[str, Tensor]
+    offset: int
+    device: torch.device
+    low: Tensor | None = None
+    desk: _Desk | None = None
+    buffers: dict[int, Tensor] = field(default_factory=dict)
+    known: dict[int, float] = field(default_factory=dict)
+
+
+class MatrixUpdate:
+    """How `CompiledRule` updates by a rule with matrix products."""
+
+    def __init__(self, program_for: ProgramFor, back_end: BackEnd) -> None:
+        self._program_for, self._back_end = program_for, back_end
+        self._forms: dict[int, tuple[Program, _Form]] = {}
+
+    def moved_bytes(self, shape: tuple[int, ...], group: Hypers, compute: torch.dtype) -> tuple[int, int]:
+        """The bytes of an element of a tensor that go to its owner, and that come back."""
+        form = self._form(_hypers(group, 1, 1.0, view_of(shape)), compute, None)
+        inward, outward = (form.dtypes(buffers) for buffers in (form.steps.inward, form.steps.outward))
+        return sum(dtype.itemsize for dtype in inward), sum(dtype.itemsize for dtype in outward)
+
+    def update(self, batch: Batch, groups: Sequence[Hypers]) -> None:
+        """Update every segment in place; see `CompiledRule.update`."""
+        jobs = [self._job(segment, groups[segment.group]) for segment in batch.segments]
+        if batch.owners is not None:
+            self._update_in_parts(batch, batch.owners, jobs, groups)
+            return
+        for job in _at_desks(jobs, lambda form: (range(len(form.all)), ())):
+            for places in job.form.rounds(range(len(job.form.all))):
+                _learn(job, places, self._run(job, places))
+
+    def _update_in_parts(self, batch: Batch, owners: Owners, jobs: list[_Job], groups: Sequence[Hypers]) -> None:
+        forms = [self._form_of(whole, groups[whole.group]) for whole in owners.tensors]
+        self._together(batch, jobs, forms, lambda form: form.head)
+        inward = [form.dtypes(form.steps.inward) for form in forms]
+        pieces = [[job.buffers[buffer] for buffer in job.form.steps.inward] for job in jobs]
+        for job in jobs:
+            job.buffers = {n: values for n, values in job.buffers.items() if job.form.last[n] in job.form.tail}
+        wholes = owners.gather(pieces, inward)
+        pieces.clear()
+        results = self._middles([owners.tensors[i] for i in owners.owned], groups, wholes)
+        for job, values in zip(jobs, owners.scatter(results, [f.dtypes(f.steps.outward) for f in forms]), strict=True):
+            job.buffers |= zip(job.form.steps.outward, values, strict=True)
+        self._together(batch, jobs, forms, lambda form: form.tail)
+
+    def _together(self, batch: Batch, jobs: list[_Job], forms: list[_Form], places: Callable[[_Form], range]) -> None:
+        """One part of all jobs, in step with the other ranks where sums are made."""
+        most = max((len(form.rounds(places(form))) for form in forms), default=0)
+        for number in range(most):
+            rounds = [_at(job.form.rounds(places(job.form)), number) for job in jobs]
+            partials = [self._run(job, part) for job, part in zip(jobs, rounds, strict=True)]
+            count = max(len(form.sums(_at(form.rounds(places(form)), number))) for form in forms)
+            if count:
+                for job, part, whole in zip(jobs, rounds, batch.combine(partials, count), strict=True):
+                    _learn(job, part, whole)
+
+    def _middles(
+        self, owned: Sequence[Whole], groups: Sequence[Hypers], wholes: list[list[Tensor]]
+    ) -> list[list[Tensor]]:
+        """What is done at owners; ``wholes`` is emptied on the way."""
+        jobs = []
+        for whole, values in zip(owned, wholes, strict=True):
+            form, shape = self._form_of(whole, groups[whole.group]), view_of(whole.shape)
+            hypers = _hypers(groups[whole.group], whole.step, whole.grad_scale, shape)
+            kernels = form.kernels.setdefault((values[0].device.type,), {})
+            job = _Job(form, kernels, hypers, shape, {}, whole.offset, values[0].device)
+            job.known |= _counted(form, shape)
+            job.buffers |= zip(form.steps.inward, values, strict=True)
+            jobs.append(job)
+        wholes.clear()
+        for job in _at_desks(jobs, lambda form: (form.middle, form.steps.inward)):
+            assert job.desk is not None
+            for buffer in job.form.steps.inward:
+                job.desk.buffers[buffer].copy_(job.buffers.pop(buffer))
+            for places in job.form.rounds(job.form.middle):
+                _learn(job, places, self._run(job, places))
+            job.buffers = {buffer: job.desk.buffers[buffer].clone() for buffer in job.form.steps.outward}
+            job.desk = None
+        return [list(job.buffers.values()) for job in jobs]
+
+    # - forms and kernels
+
+    def _form_of(self, whole: Whole, group: Hypers) -> _Form:
+        return self._form(_hypers(group, whole.step, whole.grad_scale, view_of(whole.shape)), whole.compute, None)
+
+    def _form(self, hypers: Hypers, compute: torch.dtype, rounded: torch.dtype | None) -> _Form:
+        program = self._program_for(hypers, compute, rounded)
+        if id(program) not in self._forms:
+            self._forms[id(program)] = program, _Form(program, compute)
+        return self._forms[id(program)][1]
+
+    def _job(self, segment: Segment, group: Hypers) -> _Job:
+        check_arrays(segment)
+        check_dtypes(segment)
+        shape, compute = view_of(segment.shape or ()), compute_dtype(segment.param)
+        hypers = _hypers(group, segment.step, segment.grad_scale, shape)
+        if segment.seed is not None:
+            hypers = {**hypers, noise.KEY: noise.key_of(segment, segment.seed)}
+        form = self._form(hypers, compute, noise.rounded_dtype(segment))
+        arrays = {"param": segment.param, "grad": segment.grad, **segment.state}
+        low = None if segment.low is None else segment.low.dtype
+        key = (segment.param.device.type, low, *((name, array.dtype) for name, array in arrays.items()))
+        job = _Job(form, form.kernels.setdefault(key, {}), hypers, shape, arrays, segment.offset, segment.param.device)
+        job.low = segment.low
+        job.known |= _counted(form, shape)
+        return job
+
+    def _kernel(self, job: _Job, place: int, sweep: Sweep) -> PhaseKernel:
+        """Compiled when it is first needed."""
+        if place not in job.kernels:
+            stored = [(name, array.dtype) for name, array in job.arrays.items()]
+            stored += [(job.form.steps.buffers[n].name, job.form.dtype(n)) for n in sweep.buffers]
+            low = None if job.low is None or not _stores_param(sweep) else job.low.dtype
+            binding = Binding(job.form.compute, tuple(stored), low)
+            job.kernels[place] = self._back_end(job.device)(sweep.phase, binding)
+        return job.kernels[place]
+
+    # - running
+
+    def _run(self, job: _Job, places: range) -> list[Tensor]:
+        """These steps; the partial sums of the last one."""
+        sums: list[Tensor] = []
+        for place in places:
+            step = job.form.all[place]
+            if isinstance(step, Sweep):
+                sums = self._sweep(job, place, step)
+            elif isinstance(step, Product):
+                assert job.desk is not None
+                _multiply(job.desk.products[place], step, job.form.scalars[place](job.hypers, job.known))
+            else:
+                assert job.desk is not None
+                source, result = job.desk.turns[place]
+                result.copy_(source)
+        return sums
+
+    def _sweep(self, job: _Job, place: int, step: Sweep) -> list[Tensor]:
+        """Buffers of a part of a tensor begin here, and go when nobody reads them any more."""
+        form, buffers = job.form, job.buffers if job.desk is None else job.desk.buffers
+        arrays = dict(job.arrays) if step.extent == "element" else {}  # kernels count elements by any of them
+        for buffer in step.buffers:
+            if buffer not in buffers:
+                param = job.arrays["param"]
+                buffers[buffer] = torch.empty(param.numel(), dtype=form.dtype(buffer), device=param.device)
+            arrays[form.steps.buffers[buffer].name] = buffers[buffer]
+        low = job.low if _stores_param(step) else None
+        offset = job.offset if step.extent == "element" else 0
+        kernel = self._kernel(job, place, step)
+        sums = kernel(arrays, form.scalars[place](job.hypers, job.known), offset=offset, low=low)
+        for buffer in step.buffers if job.desk is None else ():
+            if form.last[buffer] == place:
+                del buffers[buffer]
+        return list(sums)
+
+
+def _scalars_of(step: Step) -> Sequence[int]:
+    """The host's values that a step needs."""
+    if isinstance(step, Product):
+        return [number for number in (step.alpha, step.beta) if number is not None]
+    return step.phase.scalars if isinstance(step, Sweep) else ()
+
+
+def _at_desks(jobs: Sequence[_Job], used: Callable[[_Form], tuple[range, Sequence[int]]]) -> Iterator[_Job]:
+    """The jobs, those of one form and shape one after the other at the same desk.
+
+    ``used`` gives the places of the steps that are run there, and the buffers that are filled before.
+    """
+    alike: dict[tuple[int, tuple[int, int], torch.device], list[_Job]] = {}
+    for job in jobs:
+        alike.setdefault((id(job.form), job.shape, job.device), []).append(job)
+    for (_, shape, device), together in alike.items():
+        desk = _Desk(together[0].form, shape, *used(together[0].form), device)
+        for job in together:
+            job.desk = desk
+            yield job
+
+
+def _hypers(group: Hypers, step: int, grad_scale: float, shape: tuple[int, int]) -> dict[str, object]:
+    return {**group, "step": step, "grad_scale": grad_scale, "rows": shape[0], "columns": shape[1]}
+
+
+def _counted(form: _Form, shape: tuple[int, int]) -> Iterator[tuple[int, float]]:
+    counts = {"numel": prod(shape), "rows": shape[0], "columns": shape[1]}
+    return ((number, float(counts[what])) for number, what in form.counts)
+
+
+def _learn(job: _Job, places: range, sums: Sequence[Tensor]) -> None:
+    """What the host knows after a round."""
+    for (operation, number), parts in zip(job.form.sums(places), sums, strict=False):
+        job.known[number] = float(blocks.combine(operation, parts.cpu().numpy()))
+
+
+def _at(rounds: list[range], number: int) -> range:
+    return rounds[number] if number < len(rounds) else range(0)
+
+
+def _stores_param(sweep: Sweep) -> bool:
+    return any(name == "param" for name, _ in sweep.phase.body.stores)
+
+
+def _multiply(matrices: tuple[Tensor, ...], step: Product, scales: Sequence[float]) -> None:
+    """In the result's dtype; a narrow operand of a wide product is widened, which is exact."""
+    left, right, result, *addend = matrices
+    if addend:
+        given = iter(scales)
+        alpha, beta = (1.0 if number is None else next(given) for number in (step.alpha, step.beta))
+        torch.addmm(addend[0], left, right, alpha=alpha, beta=beta, out=result)
+        return
+    if left.dtype != result.dtype or right.dtype != result.dtype:
+        left, right = left.to(result.dtype), right.to(result.dtype)
+    torch.matmul(left, right, out=result)
