@@ -3,7 +3,7 @@
 Nothing here computes, and nothing here knows where a gradient came from or who else holds the rest.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -84,7 +84,7 @@ class Owners(Protocol):
 
 @dataclass
 class Batch:
-    """Segments that are updated together: those of one flat space.
+    """Segments that are updated together, by one rule: those of one flat space.
 
     ``updated``: (group, step) of every tensor of the space that is updated now, on this rank or another.
     ``combine`` takes, for each segment, ``count`` sums over its blocks of 1,024 places (float64, one value for each
@@ -102,14 +102,12 @@ class Batch:
 class FlatSource(Protocol):
     """Whoever holds the parameters, gradients and state of an optimizer as flat runs."""
 
-    def batches(self, *, per_tensor: bool) -> Iterator[Batch]:
+    def batches(self, *, per_tensor: bool, whole: Sequence[Set[int]] = ()) -> Iterator[Batch]:
         """What to update now; each batch is updated before the next one is asked for.
 
-        ``per_tensor``: no segment may run over two tensors, because the rule looks at whole ones.
+        ``per_tensor``: no segment may run over two tensors, because the rule looks at whole ones. ``whole``: groups
+        whose rule has matrix products; those of one set are in one batch, with the `Owners` of its tensors.
         """
-
-    def whole_batches(self) -> Iterator[Batch]:
-        """The same for a rule with matrix products: all in one batch, with the `Owners` of its tensors."""
 
     def discard(self) -> None:
         """Forget the gradients (``zero_grad``)."""

@@ -5,7 +5,8 @@ This room never hears of ranks: an optimizer works alone on one device, or is ha
 """
 
 from shardstep.optim.adamw import AdamW
+from shardstep.optim.combined import Combined
 from shardstep.optim.muon import Muon
 from shardstep.optim.optimizer import Optimizer
 
-__all__ = ["AdamW", "Muon", "Optimizer"]
+__all__ = ["AdamW", "Combined", "Muon", "Optimizer"]

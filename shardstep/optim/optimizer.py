@@ -58,26 +58,34 @@ class Optimizer(torch.optim.Optimizer):
         """Their names."""
         return tuple(state.name for state in self.states)
 
-    @property
-    def flat_states(self) -> tuple[State, ...]:
-        """The states, if shards can hold them. Raises ConfigError for a rule that looks at rows or whole matrices."""
-        compiled, states = compile_rule(self.rule), self.states
+    # - what sharding asks
+
+    def check_shardable(self) -> None:
+        """Raise ConfigError for a rule that shards cannot hold the states of."""
+        compiled = compile_rule(self.rule)
         if compiled.needs_whole_tensors:
             raise ConfigError(
-                f"expected a rule over elements or with sums over whole tensors to shard, got {self.rule.name!r}, "
-                f"which is {compiled.locality} ({compiled.reason}); such rules run unsharded so far"
+                f"expected a rule over elements, with sums over whole tensors or with matrix products to shard, got "
+                f"{self.rule.name!r}, which is {compiled.locality} ({compiled.reason}); such rules run unsharded so far"
             )
-        return states
 
-    @property
-    def needs_owners(self) -> bool:
-        """Whether the rule has matrix products, so that whole tensors must come together at an owner."""
-        return compile_rule(self.rule).locality == "matrix"
+    def rule_of(self, param: Tensor) -> int:
+        """Which of the optimizer's rules updates ``param``."""
+        return 0
 
-    def moved_bytes(self, param: Tensor, compute: torch.dtype) -> tuple[int, int]:
-        """How many bytes of each element of ``param`` go to its owner in a step, and how many come back."""
+    def flat_states_of(self, param: Tensor) -> tuple[State, ...]:
+        """The states that shards hold of ``param`` and of all others that its rule updates."""
+        return self.states
+
+    def moved_bytes(self, param: Tensor, compute: torch.dtype) -> tuple[int, int] | None:
+        """How many bytes of each element of ``param`` go to its owner in a step, and how many come back; None for a
+        rule without matrix products.
+        """
+        compiled = compile_rule(self.rule)
+        if compiled.locality != "matrix":
+            return None
         group = next(group for group in self.param_groups if any(param is own for own in group["params"]))
-        return compile_rule(self.rule).moved_bytes(tuple(param.shape), self.rule_hyperparameters(group), compute)
+        return compiled.moved_bytes(tuple(param.shape), self.rule_hyperparameters(group), compute)
 
     def rule_hyperparameters(self, group: Mapping[str, Any]) -> Mapping[str, Any]:
         """The entries of ``group`` as the rule takes them: numbers, tuples of numbers, True or False."""
@@ -155,9 +163,8 @@ class Optimizer(torch.optim.Optimizer):
                 self._step_alone()
             else:
                 compiled = compile_rule(self.rule)
-                source, per_tensor = self._source, compiled.locality != "elementwise"
-                batches = source.whole_batches() if self.needs_owners else source.batches(per_tensor=per_tensor)
-                for batch in batches:
+                whole = [set(range(len(self.param_groups)))] if compiled.locality == "matrix" else []
+                for batch in self._source.batches(per_tensor=compiled.locality != "elementwise", whole=whole):
                     compiled.update(batch, self._hyperparameters())
         return loss
 
@@ -239,6 +246,13 @@ class Optimizer(torch.optim.Optimizer):
         finally:
             self.state = defaultdict(dict)
 
+    def check_state_dict(self, state_dict: StateDict) -> dict[nn.Parameter, dict[str, Tensor]]:
+        """The state of each parameter as it would be loaded. Raises ConfigError if it would not fit."""
+        found = check_loaded(state_dict, self.param_groups, self.rule)
+        for index, group in enumerate(state_dict["param_groups"]):
+            self.check_group(group, f"loaded parameter group {index}")
+        return found
+
     def load_state_dict(self, state_dict: StateDict) -> None:
         """As torch's, but state keeps the dtype that it is declared with (torch casts it to the parameter's).
 
@@ -249,9 +263,7 @@ class Optimizer(torch.optim.Optimizer):
         arrived: dict[nn.Parameter, dict[str, Tensor]] = {}
 
         def take(_: torch.optim.Optimizer, given: StateDict) -> StateDict:
-            arrived.update(check_loaded(given, self.param_groups, self.rule))
-            for index, group in enumerate(given["param_groups"]):
-                self.check_group(group, f"loaded parameter group {index}")
+            arrived.update(self.check_state_dict(given))
             return {**given, "state": {}}
 
         def put(_: torch.optim.Optimizer) -> None:

@@ -2,8 +2,8 @@
 
 Persistent bytes follow from the stages alone. What is in flight follows from the order of events: gathers run
 `prefetch` units ahead of the declared order; leaves complete from the last unit to the first, the root's
-last; one exchange is on its way at a time. Exact when every parameter gets a gradient, each unit's leaf is
-complete before the unit before it begins, and under the schedule per step the last micro-batch is known
+last; the exchanges of one unit are on their way at a time. Exact when every parameter gets a gradient, each unit's
+leaf is complete before the unit before it begins, and under the schedule per step the last micro-batch is known
 (`micro_batches` says so; a loop of one's own sends everything in `step()`). Nothing here allocates.
 """
 
@@ -23,7 +23,8 @@ from shardstep.sharding.reduce import Home, Partial, Tree
 
 @dataclass(frozen=True)
 class SpaceSize:
-    """What the formula needs to know of a space. ``moved``: for a rule with matrix products, the bytes of an element of
+    """What the formula needs to know of a space. ``states``: what each state of its rule is stored in (None: the
+    master's dtype). ``moved``: for a rule with matrix products, the bytes of an element of
     each tensor that go to its owner and come back.
     """
 
@@ -31,20 +32,18 @@ class SpaceSize:
     precision: Precision
     trained: bool
     stage: Stage
+    states: tuple[torch.dtype | None, ...]
     moved: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class Formula:
-    """``units`` holds the spaces of each unit in declared order, the root first; ``states`` what each state of the
-    rule is stored in (None: the master's dtype).
-    """
+    """``units`` holds the spaces of each unit in declared order, the root first."""
 
     units: list[list[SpaceSize]]
     world_size: int
     own_leaves: int
     prefetch: int
-    states: tuple[torch.dtype | None, ...]
     schedule: Schedule
     rank: int
 
@@ -102,12 +101,13 @@ class Formula:
 
     def _state(self) -> int:
         """The rule's states and, for low-precision parameters, the master."""
-        return sum(self._owned(space) * self._state_bytes(space.precision) for space in self._trained())
+        return sum(self._owned(space) * self._state_bytes(space) for space in self._trained())
 
-    def _state_bytes(self, precision: Precision) -> int:
+    def _state_bytes(self, space: SpaceSize) -> int:
         """Of one element."""
+        precision = space.precision
         kept = [None] if precision.master != precision.params else []
-        return sum((dtype or precision.master).itemsize for dtype in (*self.states, *kept))
+        return sum((dtype or precision.master).itemsize for dtype in (*space.states, *kept))
 
     def _gradients(self) -> int:
         """Kept leaves, partial sums, and what is in flight, followed through the events of one step."""
@@ -116,27 +116,29 @@ class Formula:
         root, rest = spaces[0], [unit[::-1] for unit in spaces[1:] if unit]
         for leaf in range(self.own_leaves):
             sends = self.schedule == "per leaf" or leaf == self.own_leaves - 1
-            flying: _Leaves | None = None
+            flying: list[_Leaves] = []
             for unit in [*reversed(rest), root]:
+                landing, flying = flying, []
                 for leaves in {*root, *unit}:
                     leaves.open()
                 for leaves in unit:
                     leaves.close()
                     if sends:
-                        if flying:
-                            flying.land()
-                        flying = leaves
-                        flying.launch()
-            if flying:
-                flying.land()
+                        while landing:
+                            landing.pop(0).land()
+                        flying.append(leaves)
+                        leaves.launch()
+                flying = landing + flying
+            for leaves in flying:
+                leaves.land()
             ledger.drop_spare()
         for unit in spaces:
             for leaves in unit:
                 leaves.tree.total()
-        whole = [leaves.whole_sum() for unit in spaces for leaves in unit]
-        pairs = [sum(whole[start : start + 2]) for start in range(len(whole))]
-        moves = any(space.moved for space in self._trained())
-        ledger.count("gradients", sum(whole) + self._moving()[0] if moves else max(pairs, default=0))
+        sums = [(leaves.whole_sum(), leaves.moves) for unit in spaces for leaves in unit]
+        single, together = ([bytes_ for bytes_, moves in sums if moves == which] for which in (False, True))
+        pairs = [sum(single[start : start + 2]) for start in range(len(single))]
+        ledger.count("gradients", max([*pairs, sum(together) + self._moving()[0]]))
         return ledger.peak.gradients
 
     def _moving(self) -> tuple[int, int]:
@@ -215,6 +217,11 @@ class _Leaves:
         if sent.home == "tree":
             self.tree.settle()
             self._ledger.spare(sent.values)
+
+    @property
+    def moves(self) -> bool:
+        """Whether its tensors are updated whole, all spaces at once."""
+        return bool(self._space.moved)
 
     def whole_sum(self) -> int:
         """Bytes of the gathered sum that stage 0 needs besides its kept leaf."""

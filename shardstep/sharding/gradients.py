@@ -1,11 +1,11 @@
 """From a parameter's ``.grad`` to the sum of all leaves on the rank that owns it.
 
 A leaf is filled as autograd delivers gradients. When the last one of a space is there, its runs travel to
-their owners while backward goes on with the next unit; one exchange is on its way at a time, and is added
-to the owner's tree before the next begins. Exchanges begin in one order on all ranks, from the last unit to
-the first and the root's at the end: a leaf that is complete before its turn waits, so that ranks which use
-different parameters do not wait for one another in a circle. Under the schedule per step, leaves are first
-summed locally.
+their owners while backward goes on with the next unit; the exchanges of one unit are on their way at a time, and
+are added to the owner's tree before those of the next begin. Exchanges begin in one order on all ranks, from the
+last unit to the first and the root's at the end: a leaf that is complete before its turn waits, so that ranks which
+use different parameters do not wait for one another in a circle. Under the schedule per step, leaves are first summed
+locally.
 Nothing here knows about modules or optimizers.
 """
 
@@ -53,7 +53,7 @@ class Gradients:
         root = [space for space in spaces if not space.unit_name]
         self._turns = [*reversed(spaces[len(root) :]), *root]
         self._turn = 0
-        self._flight: _Flight | None = None
+        self._flights: list[_Flight] = []
 
     def expect(self, leaves: int) -> None:
         """This rank's leaves of the step that begins: the schedule per step then sends with the last one."""
@@ -127,7 +127,8 @@ class Gradients:
 
     def _launch(self, space: Space) -> None:
         """Begin to exchange this rank's sum of own leaves for the others' sums over this rank's run."""
-        self._land()
+        if any(flight.space.unit_name != space.unit_name for flight in self._flights):
+            self._land()
         sent = space.local.hand_over()
         if self._group.size == 1:
             space.tree.push(sent.values, home=sent.home, level=sent.level)
@@ -138,15 +139,18 @@ class Gradients:
         ]
         label = f"exchange of the gradients of {space.where} in step {self.step}"
         pending = self._group.exchange(sent.values, received, tag=2 * space.tag + 1, label=label)
-        self._flight = _Flight(space, sent, received, pending)
+        self._flights.append(_Flight(space, sent, received, pending))
 
     def _land(self) -> None:
-        """Wait for the exchange on its way and add its leaves, in rank order, to the tree of this rank's run."""
-        if self._flight is None:
-            return
-        flight, self._flight = self._flight, None
-        self._agreement.confirm()
-        flight.pending.wait()
+        """Wait for the exchanges on their way and add their leaves, in rank order, to the trees of this rank's runs."""
+        if self._flights:
+            self._agreement.confirm()
+        flights, self._flights = self._flights, []
+        for flight in flights:
+            flight.pending.wait()
+            self._add(flight)
+
+    def _add(self, flight: _Flight) -> None:
         space, sent = flight.space, flight.sent
         own = sent.values.chunk(self._group.size)[self._group.rank]
         for values in flight.received:

@@ -9,7 +9,7 @@ import torch
 
 from shardstep.collectives import Group
 from shardstep.errors import NonFiniteUpdateError
-from shardstep.optim import Optimizer
+from shardstep.optim import Combined, Optimizer
 from shardstep.sharding.space import Space
 from shardstep.types import Segment
 
@@ -17,7 +17,7 @@ from shardstep.types import Segment
 class NonFiniteTrace:
     """Watches the updates of one step after another."""
 
-    def __init__(self, optimizer: Optimizer, group: Group) -> None:
+    def __init__(self, optimizer: Optimizer | Combined, group: Group) -> None:
         self._optimizer, self._group = optimizer, group
         self._before: dict[int, list[Segment]] = {}
         self._found: str | None = None

@@ -14,7 +14,7 @@ from shardstep.collectives import Group, ProcessGroup, Traffic
 from shardstep.config import Precision, Schedule, StageChoice, UnitChoice, checked_schedule
 from shardstep.errors import ConfigError, OwnershipError, RankMismatchError
 from shardstep.layout import fingerprint
-from shardstep.optim import Optimizer
+from shardstep.optim import Combined, Optimizer
 from shardstep.rules.binding import stored_dtype
 from shardstep.sharding.agreement import Agreement
 from shardstep.sharding.attached import Attached
@@ -115,7 +115,7 @@ class Sharded:
 
 def shard(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Combined,
     *,
     stage: StageChoice = 3,
     units: UnitChoice | None = None,
@@ -143,7 +143,7 @@ def shard(
     _check_arguments(model, optimizer, precision, clip_norm, prefetch)
     device = _one_device(model)
     _check_ownership(model, optimizer)
-    plans = plan_units(model, units, stage, precision)
+    plans = plan_units(model, units, stage, precision, optimizer.rule_of)
     schedule_ = checked_schedule(schedule, {plan.name: plan.stage for plan in plans})
     ranks = Group(group)
     buffers = Buffers(model, ranks)
@@ -154,7 +154,7 @@ def shard(
     built = _build(plans, ranks, ledger)
     trained = [space for unit in built for space in unit.spaces if space.trained]
     for space in trained:
-        space.make_state(optimizer.flat_states)
+        space.make_state(optimizer.flat_states_of(space.parameters[0]))
     flags = sum(len(space.parameters) for space in trained) + len(buffers.owners)
     agreement = Agreement(ranks, flags)
     gradients = Gradients(trained, ranks, ledger, schedule_, agreement)
@@ -165,20 +165,22 @@ def shard(
     for module in model.modules():
         setattr(module, ATTRIBUTE, whole)
     optimizer.attach(step)
-    sizes = [
-        [SpaceSize(s.layout, s.precision, s.trained, s.stage, _moved(s, optimizer)) for s in unit.spaces]
-        for unit in built
-    ]
-    states = tuple(stored_dtype(declared) for declared in optimizer.flat_states)
-    formula = Formula(sizes, ranks.size, 1, prefetch, states, schedule_, ranks.rank)
+    sizes = [[_size(space, optimizer) for space in unit.spaces] for unit in built]
+    formula = Formula(sizes, ranks.size, 1, prefetch, schedule_, ranks.rank)
     return Sharded(built, ranks, ledger, gradients, step, formula)
 
 
-def _moved(space: Space, optimizer: Optimizer) -> tuple[tuple[int, int], ...]:
-    """What travels to the owner of each tensor of a space and back, in bytes of an element."""
-    if not (space.trained and optimizer.needs_owners):
-        return ()
-    return tuple(optimizer.moved_bytes(parameter, space.precision.master) for parameter in space.parameters)
+def _size(space: Space, optimizer: Optimizer | Combined) -> SpaceSize:
+    states = tuple(stored_dtype(declared) for declared in space.declared)
+    moved = [optimizer.moved_bytes(p, space.precision.master) for p in space.parameters] if space.trained else []
+    return SpaceSize(
+        space.layout,
+        space.precision,
+        space.trained,
+        space.stage,
+        states,
+        tuple(own for own in moved if own is not None),
+    )
 
 
 def _build(plans: list[UnitPlan], group: Group, ledger: Ledger) -> list[Unit]:
@@ -195,9 +197,13 @@ def _build(plans: list[UnitPlan], group: Group, ledger: Ledger) -> list[Unit]:
 
 
 def _check_arguments(
-    model: nn.Module, optimizer: Optimizer, precision: Precision | None, clip_norm: float | None, prefetch: int
+    model: nn.Module,
+    optimizer: Optimizer | Combined,
+    precision: Precision | None,
+    clip_norm: float | None,
+    prefetch: int,
 ) -> None:
-    if not isinstance(optimizer, Optimizer):
+    if not isinstance(optimizer, Optimizer | Combined):
         raise ConfigError(
             f"expected an optimizer of shardstep.optim, whose rule can run on shards, got "
             f"{type(optimizer).__module__}.{type(optimizer).__name__}; use shardstep.optim.AdamW(...)"
@@ -206,7 +212,7 @@ def _check_arguments(
         raise ConfigError("expected a model that is not sharded yet, but shard() was already called on this one")
     if any(getattr(module, ATTRIBUTE, None) is not None for module in model.modules()):
         raise ConfigError("expected a model that is not sharded yet, but shard() was already called on a part of it")
-    _ = optimizer.flat_states  # raises for a rule that needs whole tensors
+    optimizer.check_shardable()
     if optimizer.attached:
         raise ConfigError("expected an optimizer that is not sharded yet, got one that is; make one for this model")
     if not any(True for _ in model.parameters()):
@@ -229,7 +235,7 @@ def _one_device(model: nn.Module) -> torch.device:
     return next(iter(first))
 
 
-def _check_ownership(model: nn.Module, optimizer: Optimizer) -> None:
+def _check_ownership(model: nn.Module, optimizer: Optimizer | Combined) -> None:
     """Every trained parameter of the model is in the optimizer once, and nothing else is."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     counts: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""One flat space of a unit on this rank: parameters of one dtype that are all trained or all frozen.
+"""One flat space of a unit on this rank: parameters of one dtype and rule, all trained or all frozen.
 
 [Note: the tensors of a space]
     flat     padded numel   the parameters, whole; their ``.data`` are views of it. Freed at stage 3.
@@ -50,6 +50,8 @@ class Space:
         self.tree = Tree(ledger, precision.master)
         self.local = Tree(ledger, precision.master)
         self.state: dict[str, Tensor] = {}
+        self.declared: tuple[State, ...] = ()
+        """The states in ``state``."""
         self.is_whole = True
         self.held = 0
         """How many ``gathered`` blocks keep the parameters whole."""
@@ -205,6 +207,7 @@ class Space:
 
     def make_state(self, states: tuple[State, ...]) -> None:
         """Allocate and start the states of the rule over what this rank owns."""
+        self.declared = states
         for declared in states:
             dtype = stored_dtype(declared) or self.precision.master
             self.state[declared.name] = self._ledger.take("state", self.master.numel(), dtype)

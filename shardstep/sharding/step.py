@@ -3,7 +3,7 @@
 `Step` is the optimizer's `FlatSource`: it never knows which rule runs, only where its numbers lie.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import islice
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shardstep.collectives import Group, Pending
 from shardstep.errors import SequenceError
-from shardstep.optim import Optimizer
+from shardstep.optim import Combined, Optimizer
 from shardstep.sharding.agreement import Act, Agreement
 from shardstep.sharding.buffers import Buffers
 from shardstep.sharding.clip import clip_coefficient, global_norm
@@ -44,7 +44,7 @@ class Step:
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Combined,
         spaces: list[Space],
         gradients: Gradients,
         agreement: Agreement,
@@ -62,51 +62,39 @@ class Step:
 
     # - FlatSource
 
-    def batches(self, *, per_tensor: bool) -> Iterator[Batch]:
-        """Everything that this rank updates, space by space; each is published as soon as it is updated."""
+    def batches(self, *, per_tensor: bool, whole: Sequence[Set[int]] = ()) -> Iterator[Batch]:
+        """What this rank updates, space by space; each is published as soon as it is updated. Then one batch for each
+        of ``whole``, so that its tensors are put together at all owners at the same time.
+        """
         if not self._begin():
             return
         scale, groups = self._scale(), self._group_of_each()
         publishing: list[Pending] = []
-        coming = self._gradient(self._spaces[0])
-        for space, following in zip(self._spaces, [*self._spaces[1:], None], strict=True):
+        together = [[s for s in self._spaces if groups[id(s.parameters[0])] in own] for own in whole]
+        single = [space for space in self._spaces if not any(space in spaces for spaces in together)]
+        coming = self._gradient(single[0]) if single else None
+        for space, following in zip(single, [*single[1:], None], strict=False):
+            assert coming is not None
             gradient, coming = coming, self._gradient(following) if following else coming
             keys = self._count_steps(space, groups)
             runs = _tensors(space, keys) if per_tensor else _neighbours(space, keys)
-            values = gradient.wait()
-            segments = [self._segment(space, values, run, scale) for run in runs]
-            updated = [key for key in keys if key is not None]
-            if self._trace is not None:
-                self._trace.remember(space, segments)
-            yield Batch(segments, updated, Combination(space, keys, self._group, self._gradients.step))
-            publishing += self._updated(space, segments, gradient)
-        self._end(publishing)
-
-    def whole_batches(self) -> Iterator[Batch]:
-        """Everything in one batch, so that whole tensors are put together at all owners at the same time."""
-        if not self._begin():
-            return
-        scale, groups = self._scale(), self._group_of_each()
-        gradients = [self._gradient(space) for space in self._spaces]
-        keys = [self._count_steps(space, groups) for space in self._spaces]
-        segments: list[list[Segment]] = []
-        for space, gradient, own in zip(self._spaces, gradients, keys, strict=True):
-            values = gradient.wait()
-            segments.append([self._segment(space, values, run, scale) for run in _tensors(space, own)])
-            if self._trace is not None:
-                self._trace.remember(space, segments[-1])
-        combinations = [
-            Combination(space, own, self._group, self._gradients.step)
-            for space, own in zip(self._spaces, keys, strict=True)
-        ]
-        owners = self._owners(keys, scale) if self._group.size > 1 else None
-        updated = [key for own in keys for key in own if key is not None]
-        yield Batch([s for own in segments for s in own], updated, _together(combinations, segments), owners)
-        if owners is not None:
-            owners.release()
-        publishing: list[Pending] = []
-        for space, own_segments, gradient in zip(self._spaces, segments, gradients, strict=True):
-            publishing += self._updated(space, own_segments, gradient)
+            update = self._update(space, gradient, keys, runs, scale)
+            yield Batch(update.segments, update.updated, update.combination)
+            publishing += self._finish(update)
+        for spaces in together:
+            gradients = [self._gradient(space) for space in spaces]
+            updates = []
+            for space, gradient in zip(spaces, gradients, strict=True):
+                keys = self._count_steps(space, groups)
+                updates.append(self._update(space, gradient, keys, _tensors(space, keys), scale))
+            owners = self._owners(updates, scale) if self._group.size > 1 else None
+            segments = [segment for update in updates for segment in update.segments]
+            updated = [key for update in updates for key in update.updated]
+            yield Batch(segments, updated, _together(updates), owners)
+            if owners is not None:
+                owners.release()
+            for update in updates:
+                publishing += self._finish(update)
         self._end(publishing)
 
     def discard(self) -> None:
@@ -131,7 +119,7 @@ class Step:
             steps = steps.to(self._ledger.device)
             self._group.broadcast(steps, label=f"broadcast of the step counts of {space.where}")
             space.steps = steps.tolist()
-            for declared in self._optimizer.flat_states:
+            for declared in space.declared:
                 space.start_state(declared)
                 if any(space.steps):
                     space.state[declared.name].copy_(self._whole_from_rank_0(space, declared.name, state)[space.owned])
@@ -158,12 +146,23 @@ class Step:
             space.tree.total()
         return True
 
-    def _updated(self, space: Space, segments: list[Segment], gradient: _Gradient) -> list[Pending]:
-        """Give back what the update of a space needed, and begin to publish what it made."""
+    def _update(
+        self, space: Space, gradient: _Gradient, keys: list[Key], runs: Iterator["_Run"], scale: float
+    ) -> "_Update":
+        values = gradient.wait()
+        segments = [self._segment(space, values, run, scale) for run in runs]
         if self._trace is not None:
-            self._trace.look(space, segments)
-        if gradient.taken:
-            self._ledger.give("gradients", gradient.values)
+            self._trace.remember(space, segments)
+        combination = Combination(space, keys, self._group, self._gradients.step)
+        return _Update(space, gradient, keys, segments, combination)
+
+    def _finish(self, update: "_Update") -> list[Pending]:
+        """Give back what an update needed, and begin to publish what it made."""
+        space = update.space
+        if self._trace is not None:
+            self._trace.look(space, update.segments)
+        if update.gradient.taken:
+            self._ledger.give("gradients", update.gradient.values)
         space.free()  # whole from a forward without a backward, and no longer what the shards hold
         published = space.publish(f"publishing step {self._gradients.step}")
         return [] if published is None else [published]
@@ -176,11 +175,12 @@ class Step:
         if self._trace is not None:
             self._trace.raise_if_found(self._gradients.step - 1)
 
-    def _owners(self, keys: list[list[Key]], scale: float) -> Gathering:
+    def _owners(self, updates: list["_Update"], scale: float) -> Gathering:
         tensors, at = list[Whole](), list[Place]()
-        found = places([(space.layout, space.stage) for space in self._spaces], self._group.size)
-        for space, own, there in zip(self._spaces, keys, found, strict=True):
-            for slot, key, place in zip(space.layout.slots, own, there, strict=True):
+        found = places([(update.space.layout, update.space.stage) for update in updates], self._group.size)
+        for update, there in zip(updates, found, strict=True):
+            space = update.space
+            for slot, key, place in zip(space.layout.slots, update.keys, there, strict=True):
                 if key is not None:
                     tensors.append(Whole(*key, slot.shape, space.precision.master, scale, slot.offset))
                     at.append(place)
@@ -259,15 +259,28 @@ class Step:
         )
 
 
-def _together(
-    combinations: list[Combination], segments: list[list[Segment]]
-) -> Callable[[list[list[Tensor]], int], list[list[Tensor]]]:
+@dataclass
+class _Update:
+    """A space that is being updated."""
+
+    space: Space
+    gradient: _Gradient
+    keys: list[Key]
+    segments: list[Segment]
+    combination: Combination
+
+    @property
+    def updated(self) -> list[tuple[int, int]]:
+        return [key for key in self.keys if key is not None]
+
+
+def _together(updates: list[_Update]) -> Callable[[list[list[Tensor]], int], list[list[Tensor]]]:
     """One combination of those of several spaces."""
 
     def combine(partials: list[list[Tensor]], count: int) -> list[list[Tensor]]:
         rest, whole = iter(partials), list[list[Tensor]]()
-        for combination, own in zip(combinations, segments, strict=True):
-            whole += combination(list(islice(rest, len(own))), count)
+        for update in updates:
+            whole += update.combination(list(islice(rest, len(update.segments))), count)
         return whole
 
     return combine

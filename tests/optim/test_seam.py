@@ -23,7 +23,7 @@ class Halves:
         self.state = {}
         self.log = []
 
-    def batches(self, *, per_tensor):
+    def batches(self, *, per_tensor, whole=()):
         yield from (Batch([s], [(s.group, s.step)], lambda sums, _: sums) for s in self.segments())
 
     def segments(self):
