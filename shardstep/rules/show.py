@@ -125,8 +125,15 @@ def _whole(steps: Steps, step: Product | Turn) -> str:
 
     if isinstance(step, Turn):
         return f"{name(step.result)} = {name(step.source, True)}"
+
+    def scaled(text: str, scale: int | None) -> str:
+        return text if scale is None else f"({expression(steps.program, scale)}) * {text}"
+
     how = ", in bfloat16" if steps.buffers[step.result].narrow else ""
-    return f"{name(step.result)} = {name(step.left, step.left_turned)} @ {name(step.right, step.right_turned)}{how}"
+    product = f"{name(step.left, step.left_turned)} @ {name(step.right, step.right_turned)}"
+    if step.addend is not None:
+        product = f"{scaled(f'({product})', step.alpha)} + {scaled(name(step.addend), step.beta)}"
+    return f"{name(step.result)} = {product}{how}"
 
 
 def _code(rule: Rule, stage: str, hypers: Mapping[str, object]) -> str:

@@ -7,6 +7,7 @@ import pytest
 from shardstep.cli import main
 from shardstep.errors import ConfigError
 from shardstep.optim.adamw import adamw
+from shardstep.optim.muon import muon
 from shardstep.rules import rule, state
 from shardstep.rules.show import STAGES, debug, show
 from tests.rules.examples import adafactor, lamb, sgd
@@ -104,3 +105,13 @@ def test_unknown_stages_and_values():
         show(adamw, "link", {})
     with pytest.raises(ConfigError, match="expected values for param, grad, exp_avg, exp_avg_sq"):
         debug(adamw, {"momentum": 1.0}, {})
+
+
+def test_steps_of_a_rule_with_matrix_products():
+    text = show(muon, "passes", {"rows": 4, "columns": 3, "ns_steps": 1})
+    assert "--- middle: b25 = b18.T @ b18, in bfloat16" in text
+    assert "= (ns_coefficients[2]) * (b25 @ b25) + (ns_coefficients[1]) * b25, in bfloat16" in text
+    assert text.count("--- head: a pass") == 2
+    assert text.index("--- middle") < text.index("--- tail: a pass")
+    for stage in ("llvm", "triton"):
+        assert show(muon, stage, {}).count("define void @run" if stage == "llvm" else "@triton.jit\ndef muon") == 3

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 import shardstep as ss
+from shardstep.demo.gpt import GPT
 from shardstep.errors import ConfigError, OwnershipError
 from tests.sharding.models import BF16, Tied, Tokens
+from tests.sharding.test_bytes import CONFIG, train_steps
 
 MIXED = {"blocks.0": 3, "blocks.1": 1, "blocks.*": 2, "": 0}
 
@@ -84,21 +86,35 @@ def test_sharded_is_what_the_two_do_one_after_the_other():
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def counted(options: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    _, _, sharded = trained(options)
-    return astuple(sharded.bytes.peak), astuple(sharded.bytes.formula)
+def counted(runs: list[dict[str, Any]]) -> list[tuple[Any, Any, int]]:
+    """Peaks, formula, and the bytes sent in the second step over those of the formula."""
+    found = []
+    for options in runs:
+        torch.manual_seed(1)
+        model = GPT(CONFIG)
+        optimizer = ss.optim.Combined(*members(model))
+        sharded = ss.shard(model, optimizer, **options)
+        sent = train_steps(model, optimizer, sharded, 2, 2)
+        found.append((astuple(sharded.bytes.peak), astuple(sharded.bytes.formula), sent[1] - sharded.step_bytes(2)))
+    return found
 
 
-def test_states_are_kept_for_the_parameters_of_their_rule_only(ranks):
-    for options in ({"stage": 0}, {"stage": 2, "precision": BF16}):
-        for peak, formula in ranks(2).run(counted, options):
-            assert peak[2] == formula[2]
+def test_the_formula_knows_the_states_of_each_rule_and_what_travels(ranks):
+    """Muon's norms travel besides: a float64 for each block of a matrix."""
+    runs = [{"stage": stage, "precision": precision} for stage in (0, 2, 3, MIXED) for precision in (None, BF16)]
+    for results in ranks(2).run(counted, runs):
+        for run, (peak, formula, more) in zip(runs, results, strict=True):
+            assert peak == formula, run
+            assert (more == 0) == (run["stage"] == 0), run
+            assert more < 1000
+
+
+def test_states_are_kept_for_the_parameters_of_their_rule_only():
     _, optimizer, _ = trained({"stage": 1})
-    kept = {name for state in optimizer.state_dict()["state"].values() for name in state}
-    assert kept == {"step", "momentum_buffer", "exp_avg", "exp_avg_sq"}
+    state = optimizer.state_dict()["state"]
     for group, names in zip(optimizer.param_groups, ({"momentum_buffer"}, {"exp_avg", "exp_avg_sq"}), strict=True):
         for param in group["params"]:
-            assert set(optimizer.state_dict()["state"].get(_position(optimizer, param), names)) - {"step"} == names
+            assert set(state.get(_position(optimizer, param), names)) - {"step"} == names
 
 
 def _position(optimizer: torch.optim.Optimizer, param: nn.Parameter) -> int:
