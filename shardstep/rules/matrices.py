@@ -6,7 +6,7 @@ on the shapes alone. Who owns which tensor, and how values travel, is the `Owner
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import prod
 from typing import Any, TypeAlias
@@ -17,7 +17,7 @@ from torch import Tensor
 from shardstep.rules import noise
 from shardstep.rules.backends import blocks
 from shardstep.rules.binding import Binding, PhaseKernel, check_arrays, check_dtypes, compute_dtype
-from shardstep.rules.ir import Phase, Product, Program, Shape, Step, Steps, Sweep, Turn
+from shardstep.rules.ir import Buffer, Phase, Product, Program, Shape, Step, Steps, Sweep
 from shardstep.rules.passes import cut_steps
 from shardstep.rules.scalars import Scalars, compile_scalars
 from shardstep.types import Batch, Owners, Segment, Whole
@@ -52,6 +52,8 @@ class _Form:
         lines = enumerate(steps.program.instructions)
         self.counts = [(n, line.operation) for n, line in lines if line.operation in ("numel", "rows", "columns")]
         self.kernels: dict[tuple[Any, ...], _Kernels] = {}
+        self.plans: dict[range, _Plan] = {}
+        """For the steps at these places."""
 
     def dtypes(self, buffers: Sequence[int]) -> list[torch.dtype]:
         return [self.dtype(buffer) for buffer in buffers]
@@ -79,41 +81,56 @@ class _Form:
         return tuple((step.phase.body.instructions[inner].operation, outer) for inner, outer in step.phase.sums)
 
 
-class _Desk:
-    """Buffers for tensors of one shape, one after the other, and the matrices that they are; memory is used again.
+class _Plan:
+    """Which buffers share memory at a desk, one after the other: those of one extent and dtype.
 
-    ``given``: the buffers that are filled before the first step.
+    ``slots``: a buffer for which each memory is made; ``of``: the slot of each buffer.
     """
 
-    def __init__(
-        self, form: _Form, shape: tuple[int, int], places: range, given: Sequence[int], device: torch.device
-    ) -> None:
-        self.buffers: dict[int, Tensor] = {}
-        self.products: dict[int, tuple[Tensor, ...]] = {}
-        self.turns: dict[int, tuple[Tensor, Tensor]] = {}
-        free: dict[tuple[int, torch.dtype], list[Tensor]] = {}
-
-        def take(buffer: int) -> None:
-            numel, dtype = prod(form.extent(buffer, shape)), form.dtype(buffer)
-            kept = free.get((numel, dtype))
-            self.buffers[buffer] = kept.pop() if kept else torch.empty(numel, dtype=dtype, device=device)
-
+    def __init__(self, form: _Form, places: range, given: Sequence[int]) -> None:
+        self.slots: list[int] = []
+        self.of: dict[int, int] = {}
+        free: dict[Buffer, list[int]] = {}
         for buffer in given:
-            take(buffer)
+            self._take(form, buffer, free)
+        for place in places:
+            buffers = dict.fromkeys(form.all[place].buffers)
+            for buffer in buffers:
+                if buffer not in self.of:
+                    self._take(form, buffer, free)
+            for buffer in buffers:
+                if form.last[buffer] == place:
+                    free.setdefault(_kind(form, buffer), []).append(self.of[buffer])
+
+    def _take(self, form: _Form, buffer: int, free: dict[Buffer, list[int]]) -> None:
+        kept = free.get(_kind(form, buffer))
+        if not kept:
+            kept = [len(self.slots)]
+            self.slots.append(buffer)
+        self.of[buffer] = kept.pop()
+
+
+def _kind(form: _Form, buffer: int) -> Buffer:
+    return replace(form.steps.buffers[buffer], name="")
+
+
+class _Desk:
+    """Memory for whole tensors of one shape, one after the other, and the matrices in it."""
+
+    def __init__(self, form: _Form, plan: _Plan, shape: tuple[int, int], places: range, device: torch.device) -> None:
+        extents = [form.extent(buffer, shape) for buffer in plan.slots]
+        dtypes = form.dtypes(plan.slots)
+        matrices = [torch.empty(e, dtype=d, device=device) for e, d in zip(extents, dtypes, strict=True)]
+        both = [(matrix, matrix.T) for matrix in matrices]
+        flat = [matrix.view(-1) for matrix in matrices]
+        self.buffers = {buffer: flat[slot] for buffer, slot in plan.of.items()}
+        self.products: dict[int, tuple[Tensor, ...]] = {}
         for place in places:
             step = form.all[place]
-            for buffer in step.buffers:
-                if buffer not in self.buffers:
-                    take(buffer)
-            views = [self.buffers[buffer].view(form.extent(buffer, shape)) for buffer in step.buffers]
-            if isinstance(step, Product):
-                left = views[0].T if step.left_turned else views[0]
-                right = views[1].T if step.right_turned else views[1]
-                self.products[place] = (left, right, *views[2:])
-            elif isinstance(step, Turn):
-                self.turns[place] = views[0].T, views[1]
-            for memory in {self.buffers[buffer] for buffer in step.buffers if form.last[buffer] == place}:
-                free.setdefault((memory.numel(), memory.dtype), []).append(memory)
+            if not isinstance(step, Sweep):
+                turned = (step.left_turned, step.right_turned) if isinstance(step, Product) else (True,)
+                slots = zip(step.buffers, (*turned, False, False), strict=False)
+                self.products[place] = tuple(both[plan.of[buffer]][flag] for buffer, flag in slots)
 
 
 @dataclass(slots=True)
@@ -256,7 +273,7 @@ class MatrixUpdate:
                 _multiply(job.desk.products[place], step, job.form.scalars[place](job.hypers, job.known))
             else:
                 assert job.desk is not None
-                source, result = job.desk.turns[place]
+                source, result = job.desk.products[place]
                 result.copy_(source)
         return sums
 
@@ -295,7 +312,10 @@ def _at_desks(jobs: Sequence[_Job], used: Callable[[_Form], tuple[range, Sequenc
     for job in jobs:
         alike.setdefault((id(job.form), job.shape, job.device), []).append(job)
     for (_, shape, device), together in alike.items():
-        desk = _Desk(together[0].form, shape, *used(together[0].form), device)
+        form, (places, given) = together[0].form, used(together[0].form)
+        if places not in form.plans:
+            form.plans[places] = _Plan(form, places, given)
+        desk = _Desk(form, form.plans[places], shape, places, device)
         for job in together:
             job.desk = desk
             yield job
