@@ -3,14 +3,14 @@
 `Step` is the optimizer's `FlatSource`: it never knows which rule runs, only where its numbers lie.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from shardstep.collectives import Group, Pending
-from shardstep.errors import SequenceError
+from shardstep.errors import ConfigError, SequenceError
 from shardstep.optim import Optimizer
 from shardstep.sharding.agreement import Act, Agreement
 from shardstep.sharding.buffers import Buffers
@@ -97,6 +97,9 @@ class Step:
         self._gradients.spend()
         if self._trace is not None:
             self._trace.raise_if_found(self._gradients.step - 1)
+
+    def include(self, parameters: Sequence[nn.Parameter]) -> None:
+        raise ConfigError("expected all parameters before the optimizer was sharded, got a group after; add it before")
 
     def discard(self) -> None:
         self._gradients.discard()
