@@ -12,8 +12,6 @@ from typing import Any, ClassVar, cast, overload
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT, StateDict
-from torch.optim.optimizer import register_optimizer_step_post_hook as register_optimizer_step_post_hook
-from torch.optim.optimizer import register_optimizer_step_pre_hook as register_optimizer_step_pre_hook
 
 from shardstep.errors import ArgumentTypeError, ConfigError, UnsupportedError
 from shardstep.optim.alone import batches_alone
