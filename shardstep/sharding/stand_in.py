@@ -25,7 +25,7 @@ class StandIn(Tensor):
     arrived: Tensor | None
     """What autograd has added since the stand-in took its place."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, parameter: nn.Parameter, name: str, unscale: Callable[[float], bool]) -> "StandIn":
