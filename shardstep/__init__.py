@@ -10,9 +10,11 @@ Nothing happens at import but imports.
 from shardstep import optim
 from shardstep.config import Precision
 from shardstep.errors import (
+    ArgumentTypeError,
     CollectiveError,
     ConfigError,
     FreedParameterError,
+    MissingKeyError,
     NonFiniteGradientError,
     NonFiniteUpdateError,
     OwnershipError,
@@ -20,16 +22,19 @@ from shardstep.errors import (
     RuleError,
     SequenceError,
     ShardstepError,
+    UnsupportedError,
 )
 from shardstep.optim.define import rule
 from shardstep.rules import inline, state, zeros
 from shardstep.sharding import MicroBatch, Sharded, digest, gathered, shard
 
 __all__ = [
+    "ArgumentTypeError",
     "CollectiveError",
     "ConfigError",
     "FreedParameterError",
     "MicroBatch",
+    "MissingKeyError",
     "NonFiniteGradientError",
     "NonFiniteUpdateError",
     "OwnershipError",
@@ -39,6 +44,7 @@ __all__ = [
     "SequenceError",
     "Sharded",
     "ShardstepError",
+    "UnsupportedError",
     "digest",
     "gathered",
     "inline",

@@ -3,7 +3,7 @@
 Nothing here computes, and nothing here knows where a gradient came from or who else holds the rest.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -63,6 +63,12 @@ class FlatSource(Protocol):
         """What to update now; each batch is updated before the next one is asked for.
 
         ``per_tensor``: no segment may run over two tensors, because the rule looks at whole ones.
+        """
+
+    def include(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Update these as well from now on. Every rank asks for the same ones.
+
+        Raises ConfigError, before anything has changed, for one that this source does not know.
         """
 
     def discard(self) -> None:

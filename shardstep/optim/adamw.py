@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from shardstep.errors import ConfigError
@@ -43,7 +44,7 @@ def adamw(
 
 
 class AdamW(Optimizer):
-    """AdamW with the first five arguments of torch's; it has no ``amsgrad`` and no ``maximize``.
+    """AdamW with the arguments of torch's; ``amsgrad`` must be False.
 
     ``params``: tensors, (name, tensor) pairs or groups, as for any torch optimizer. ``lr`` ≥ 0: step size;
     ``betas`` in [0, 1): decay of the two moments per step; ``eps`` ≥ 0: added to the root of the second
@@ -58,12 +59,32 @@ class AdamW(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
     ) -> None:
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        if amsgrad:
+            raise ConfigError("expected amsgrad=False, got True; this AdamW does not have that variant")
+        super().__init__(
+            params,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
 
     def check_group(self, group: Mapping[str, Any], where: str) -> None:
         for name in ("lr", "eps", "weight_decay"):
@@ -75,8 +96,5 @@ class AdamW(Optimizer):
         for index, beta in enumerate(betas):
             if not 0.0 <= number(beta, f"betas[{index}]", where) < 1.0:
                 raise ConfigError(f"expected 0 ≤ betas[{index}] < 1 in {where}, got {beta}; give a value in that range")
-        for flag in ("amsgrad", "maximize"):
-            if group.get(flag):
-                raise ConfigError(
-                    f"expected {flag}=False in {where}, got {group[flag]}; this AdamW does not have that variant"
-                )
+        if group.get("amsgrad"):
+            raise ConfigError(f"expected amsgrad=False in {where}, got True; this AdamW does not have that variant")

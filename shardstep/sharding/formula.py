@@ -44,10 +44,6 @@ class Formula:
     schedule: Schedule
     rank: int
 
-    def of(self, own_leaves: int) -> "Formula":
-        """The same for another number of micro-batches a step on each rank."""
-        return replace(self, own_leaves=own_leaves)
-
     def unsharded(self) -> "Formula":
         """The same training on one rank, at stage 0."""
         units = [[replace(space, stage=Stage(False, False, False)) for space in unit] for unit in self.units]

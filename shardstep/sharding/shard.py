@@ -4,7 +4,7 @@ Checks what it is given, cuts the model into units, and puts the parts of the en
 the optimizer stay the objects that they were.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from shardstep.config import Precision, Schedule, StageChoice, UnitChoice, check
 from shardstep.errors import ConfigError, OwnershipError, RankMismatchError
 from shardstep.layout import fingerprint
 from shardstep.optim import Optimizer
+from shardstep.optim.unruled import refusal
 from shardstep.rules.binding import stored_dtype
 from shardstep.sharding.agreement import Agreement
 from shardstep.sharding.attached import Attached
@@ -27,6 +28,7 @@ from shardstep.sharding.memory import Bytes, Ledger
 from shardstep.sharding.nonfinite import NonFiniteTrace
 from shardstep.sharding.space import Space
 from shardstep.sharding.step import Step
+from shardstep.sharding.unfreezing import Unfreezing
 from shardstep.sharding.unit import Unit
 from shardstep.sharding.units import UnitPlan, plan_units
 from shardstep.sharding.whole import ATTRIBUTE, Whole
@@ -45,7 +47,13 @@ class Sharded:
     """The handle of a sharded model and its optimizer."""
 
     def __init__(
-        self, units: list[Unit], group: Group, ledger: Ledger, gradients: Gradients, step: Step, formula: Formula
+        self,
+        units: list[Unit],
+        group: Group,
+        ledger: Ledger,
+        gradients: Gradients,
+        step: Step,
+        formula: Callable[[int], Formula],
     ) -> None:
         self._units, self._group, self._ledger = units, group, ledger
         self._gradients, self._step, self._formula = gradients, step, formula
@@ -85,12 +93,12 @@ class Sharded:
 
     def step_bytes(self, own_leaves: int = 1) -> int:
         """Bytes that this rank sends in a step of ``own_leaves`` micro-batches on each rank, by the formula."""
-        return self._formula.of(own_leaves).traffic()
+        return self._formula(own_leaves).traffic()
 
     @property
     def bytes(self) -> ByteReport:
         """Parameters, gradients and optimizer state in the engine's own buffers."""
-        formula = self._formula.of(max(1, self._gradients.most_leaves))
+        formula = self._formula(max(1, self._gradients.most_leaves))
         return ByteReport(self._ledger.peak, formula.peak(), formula.unsharded().peak())
 
     def micro_batches(
@@ -159,15 +167,20 @@ def shard(
     agreement = Agreement(ranks, flags)
     gradients = Gradients(trained, ranks, ledger, schedule_, agreement)
     trace = NonFiniteTrace(optimizer, ranks) if trace_nonfinite else None
-    step = Step(optimizer, trained, gradients, agreement, buffers, clip_norm, trace, ranks, ledger)
-    Hooks(built, gradients, agreement, Attached(model, built), prefetch, precision.params if precision else None)
+    input_dtype = precision.params if precision else None
+    hooks = Hooks(built, gradients, agreement, Attached(model, built), prefetch, input_dtype)
+    unfreezing = Unfreezing(built, gradients, agreement, hooks, ranks)
+    step = Step(optimizer, trained, gradients, agreement, buffers, clip_norm, trace, unfreezing, ranks, ledger)
     whole = Whole(model, built, gradients, agreement, ranks)
     for module in model.modules():
         setattr(module, ATTRIBUTE, whole)
     optimizer.attach(step)
-    sizes = [[SpaceSize(s.layout, s.precision, s.trained, s.stage) for s in unit.spaces] for unit in built]
-    states = tuple(stored_dtype(declared) for declared in optimizer.flat_states)
-    formula = Formula(sizes, ranks.size, 1, prefetch, states, schedule_, ranks.rank)
+
+    def formula(own_leaves: int) -> Formula:
+        sizes = [[SpaceSize(s.layout, s.precision, s.trained, s.stage) for s in unit.spaces] for unit in built]
+        states = tuple(stored_dtype(declared) for declared in optimizer.flat_states)
+        return Formula(sizes, ranks.size, own_leaves, prefetch, states, schedule_, ranks.rank)
+
     return Sharded(built, ranks, ledger, gradients, step, formula)
 
 
@@ -188,10 +201,7 @@ def _check_arguments(
     model: nn.Module, optimizer: Optimizer, precision: Precision | None, clip_norm: float | None, prefetch: int
 ) -> None:
     if not isinstance(optimizer, Optimizer):
-        raise ConfigError(
-            f"expected an optimizer of shardstep.optim, whose rule can run on shards, got "
-            f"{type(optimizer).__module__}.{type(optimizer).__name__}; use shardstep.optim.AdamW(...)"
-        )
+        raise ConfigError(refusal(optimizer))
     if getattr(model, ATTRIBUTE, None) is not None:
         raise ConfigError("expected a model that is not sharded yet, but shard() was already called on this one")
     if any(getattr(module, ATTRIBUTE, None) is not None for module in model.modules()):

@@ -24,6 +24,7 @@ from shardstep.rules.ir import State
 from shardstep.sharding.freed import FreedParameter
 from shardstep.sharding.memory import Ledger
 from shardstep.sharding.reduce import Tree
+from shardstep.sharding.stand_in import StandIn
 
 
 class Space:
@@ -59,6 +60,8 @@ class Space:
         self._leaf: Tensor | None = None
         self._kept_leaf: Tensor | None = None
         self._written: set[int] = set()
+        self.stand_ins: list[StandIn] = []
+        """For each parameter, its ``.grad`` from backward to step; empty while nothing is trained."""
         self._place(stage, precision)
 
     def _place(self, stage: Stage, precision: Precision) -> None:
@@ -76,15 +79,25 @@ class Space:
             self.shard = take("parameters", self.shard_numel, precision.params).copy_(self.shard)
         self.values = self.shard if stage.shard_state else self.flat
         self.master = self.values
-        if self.trained and precision.master != precision.params:
-            owned_numel = self.values.numel()
-            self.master = take("state", owned_numel, precision.master).copy_(whole[self.owned])
-        if self.trained and not stage.shard_grads:
-            self._kept_leaf = take("gradients", self.padded_numel, precision.reduce).zero_()
+        if self.trained:
+            self._begin_training(whole[self.owned])
         for slot, parameter in zip(self.layout.slots, self.parameters, strict=True):
             parameter.data = self.flat[slot.offset : slot.end].view(slot.shape)
             parameter.grad = None
         self.free()
+
+    def train(self) -> None:
+        """Train parameters that were frozen so far; the master starts from what is stored."""
+        self.trained = True
+        self._begin_training(self.values)
+
+    def _begin_training(self, first: Tensor) -> None:
+        """Make what an update needs; ``first`` are the master's first values."""
+        precision, take = self.precision, self._ledger.take
+        if precision.master != precision.params:
+            self.master = take("state", self.values.numel(), precision.master).copy_(first)
+        if not self.stage.shard_grads:
+            self._kept_leaf = take("gradients", self.padded_numel, precision.reduce).zero_()
 
     @property
     def where(self) -> str:
@@ -157,9 +170,10 @@ class Space:
         """Move parameter ``index``'s ``.grad`` into the leaf; True when that was the last one missing."""
         parameter, slot = self.parameters[index], self.layout.slots[index]
         leaf = self._open_leaf()
-        assert parameter.grad is not None
-        leaf[slot.offset : slot.end].view(slot.shape).copy_(parameter.grad)
-        parameter.grad = None
+        grad = parameter.grad
+        assert grad is not None
+        leaf[slot.offset : slot.end].view(slot.shape).copy_(grad.hand_over() if isinstance(grad, StandIn) else grad)
+        parameter.grad = self.stand_ins[index]
         self._written.add(index)
         return len(self._written) == len(self.parameters)
 
@@ -198,17 +212,26 @@ class Space:
         self.touched.clear()
         self.tree.clear()
         self.local.clear()
-        for parameter in self.parameters:
-            parameter.grad = None
+        with torch._C.DisableTorchFunctionSubclass():  # or freed parameters would look at each access
+            for parameter, stand_in in zip(self.parameters, self.stand_ins, strict=True):
+                parameter.grad = stand_in.arrived = None
+
+    def withdraw_stand_ins(self) -> None:
+        """Let autograd begin new gradients, but for what has arrived already."""
+        with torch._C.DisableTorchFunctionSubclass():
+            for parameter, stand_in in zip(self.parameters, self.stand_ins, strict=True):
+                if parameter.grad is stand_in and stand_in.arrived is None:
+                    parameter.grad = None
 
     # - optimizer state
 
     def make_state(self, states: tuple[State, ...]) -> None:
-        """Allocate and start the states of the rule over what this rank owns."""
+        """Allocate and start those states of the rule that are not there yet, over what this rank owns."""
         for declared in states:
-            dtype = stored_dtype(declared) or self.precision.master
-            self.state[declared.name] = self._ledger.take("state", self.master.numel(), dtype)
-            self.start_state(declared)
+            if declared.name not in self.state:
+                dtype = stored_dtype(declared) or self.precision.master
+                self.state[declared.name] = self._ledger.take("state", self.master.numel(), dtype)
+                self.start_state(declared)
 
     def start_state(self, declared: State) -> None:
         """Let a state begin anew."""

@@ -3,7 +3,7 @@
 `Step` is the optimizer's `FlatSource`: it never knows which rule runs, only where its numbers lie.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.memory import Ledger
 from shardstep.sharding.nonfinite import NonFiniteTrace
 from shardstep.sharding.space import Space
+from shardstep.sharding.unfreezing import Unfreezing
 from shardstep.types import Batch, Segment
 
 
@@ -49,6 +50,7 @@ class Step:
         buffers: Buffers,
         clip_norm: float | None,
         trace: NonFiniteTrace | None,
+        unfreezing: Unfreezing,
         group: Group,
         ledger: Ledger,
     ) -> None:
@@ -56,13 +58,15 @@ class Step:
         """The norm of the last step's mean gradient, before clipping; None without ``clip_norm``."""
         self._optimizer, self._spaces, self._gradients = optimizer, spaces, gradients
         self._agreement, self._buffers, self._clip_norm = agreement, buffers, clip_norm
-        self._trace, self._group, self._ledger = trace, group, ledger
+        self._trace, self._unfreezing, self._group, self._ledger = trace, unfreezing, group, ledger
 
     # - FlatSource
 
     def batches(self, *, per_tensor: bool) -> Iterator[Batch]:
         """Everything that this rank updates, space by space; each is published as soon as it is updated."""
         self._check_not_held()
+        groups = self._group_of_each()
+        self._unfreezing.check_not_trained(groups)
         self._agree()
         if not self._gradients.leaves:
             return
@@ -71,7 +75,6 @@ class Step:
         for space in self._spaces:
             space.tree.total()
         scale = self._scale()
-        groups = self._group_of_each()
         publishing: list[Pending] = []
         coming = self._gradient(self._spaces[0])
         for space, following in zip(self._spaces, [*self._spaces[1:], None], strict=True):
@@ -97,6 +100,10 @@ class Step:
         self._gradients.spend()
         if self._trace is not None:
             self._trace.raise_if_found(self._gradients.step - 1)
+
+    def include(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Train parameters of the model that were frozen so far. Collective."""
+        self._spaces = self._unfreezing.train(parameters, self._optimizer.flat_states)
 
     def discard(self) -> None:
         self._gradients.discard()
@@ -160,8 +167,8 @@ class Step:
         self._agreement.confirm()
 
     def _scale(self) -> float:
-        """The one factor of this step's gradient sums: their mean, clipped."""
-        leaves = self._gradients.leaves * self._group.size
+        """The one factor of this step's gradient sums: their mean, without the loss's scale, clipped."""
+        leaves = self._gradients.leaves * self._group.size / self._gradients.unscaling
         if self._clip_norm is None:
             return 1.0 / leaves
         runs = [(space, space.tree.total().values) for space in self._spaces]
