@@ -142,7 +142,7 @@ class Optimizer(torch.optim.Optimizer):
             else:
                 compiled = compile_rule(self.rule)
                 for batch in self._source.batches(per_tensor=compiled.locality != "elementwise"):
-                    compiled.update(batch, self.param_groups)
+                    self._update(batch)
         return loss
 
     def _step_alone(self) -> None:
@@ -158,10 +158,17 @@ class Optimizer(torch.optim.Optimizer):
                     )
                 segments.append(self._segment(param, index, converted))
         updated = [(segment.group, segment.step) for segment in segments]
-        compile_rule(self.rule).update(Batch(segments, updated, lambda sums, _: sums), self.param_groups)
+        self._update(Batch(segments, updated, lambda sums, _: sums))
         for param, master in converted:
             param.copy_(master)
         increment_version([segment.param for segment in segments])  # autograd cannot see what a kernel writes
+
+    def _update(self, batch: Batch) -> None:
+        if "maximize" not in self.rule.hyperparameters:
+            for segment in batch.segments:
+                if self.param_groups[segment.group].get("maximize"):
+                    segment.grad_scale = -segment.grad_scale
+        compile_rule(self.rule).update(batch, self.param_groups)
 
     def _segment(self, param: Tensor, index: int, converted: list[tuple[Tensor, Tensor]]) -> Segment:
         """One whole tensor; ``converted`` gains (param, master) if its new values must be copied back."""
@@ -261,6 +268,9 @@ class Optimizer(torch.optim.Optimizer):
         return super().__getstate__()
 
 
+OPTIONS = frozenset({"maximize", "foreach", "fused", "capturable", "differentiable"})
+"""Options of torch's optimizers that no rule has."""
+
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -274,14 +284,14 @@ def number(value: object, name: str, where: str) -> float:
 
 def _complete(rule: Rule, given: Mapping[str, Any]) -> dict[str, Any]:
     """The rule's defaults with the ones given in their place."""
-    unknown = given.keys() - rule.hyperparameters.keys()
+    unknown = given.keys() - rule.hyperparameters.keys() - OPTIONS
     if unknown:
         raise ConfigError(
             f"expected hyper-parameters among {sorted(rule.hyperparameters)} for the rule {rule.name!r}, got "
             f"{sorted(unknown)}; correct the names"
         )
     complete = {**rule.hyperparameters, **given}
-    missing = [name for name, value in complete.items() if value is None]
+    missing = [name for name in rule.hyperparameters if complete[name] is None]
     if missing:
         raise ConfigError(
             f"expected values for {missing} of the rule {rule.name!r}, got none; they have no default, so give them"
