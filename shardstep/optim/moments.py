@@ -6,7 +6,7 @@ from shardstep.rules.language import Elements, inline
 
 @inline
 def average(old: Elements, new: Elements, beta: float) -> Elements:
-    """β old + (1 − β) new, rounded as torch.lerp: exact where β is 0 or 1, which one formula alone is not."""
+    """β old + (1 − β) new: exact where β is 0 or 1, which either form alone is not. For β > ½ rounded as torch.lerp."""
     return lerp(old, new, 1 - beta) if beta > 0.5 else lerp(new, old, beta)
 
 
