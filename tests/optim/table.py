@@ -60,7 +60,7 @@ ROWS = (
     ),
     Row(
         optim.ASGD,
-        (0.1, 1e-3, 0.3),
+        (0.1, 2e-3, 0.5),
         {
             "plain": {"lr": 0.1},
             "averaging": {"lr": 0.1, "lambd": 0.01, "t0": 5, "alpha": 0.5, "weight_decay": 0.05},
@@ -87,7 +87,7 @@ ROWS = (
     ),
     Row(
         optim.Adamax,
-        (0.3, 0.05, 0.01),
+        (0.3, 0.2, 0.01),
         {"plain": {"lr": 0.01}, "decaying": {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.9)}},
         torch=torch_optim.Adamax,
     ),
@@ -103,7 +103,7 @@ ROWS = (
     ),
     Row(
         optim.RAdam,
-        (0.3, 0.05, 0.01),
+        (0.3, 5e-3, 0.01),
         {
             "plain": {"lr": 0.01},
             "decaying": {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.9)},
@@ -113,7 +113,7 @@ ROWS = (
     ),
     Row(
         optim.Adagrad,
-        (1.0, 0.5, 0.05),
+        (1.0, 1.0, 0.05),
         {
             "plain": {"lr": 0.1},
             "decaying": {"lr": 0.1, "lr_decay": 0.05, "initial_accumulator_value": 0.1, "weight_decay": 0.1},
@@ -128,7 +128,7 @@ ROWS = (
     ),
     Row(
         optim.RMSprop,
-        (0.03, 2e-3, 3e-3),
+        (0.03, 0.01, 3e-3),
         {
             "plain": {"lr": 0.01},
             "momentum": {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.1, "maximize": True},
@@ -144,26 +144,26 @@ ROWS = (
     ),
     Row(
         optim.Lion,
-        (0.05, 3e-3, 1e-3),
+        (0.1, 0.01, 5e-3),
         {"plain": {"lr": 0.01}, "decaying": {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.95)}},
         paper=papers.lion,
     ),
     Row(
         optim.LAMB,
-        (0.05, 0.01, 0.02),
+        (0.05, 0.05, 0.02),
         {"plain": {"lr": 0.01}, "decaying": {"lr": 0.01, "weight_decay": 0.1}},
         paper=papers.lamb,
     ),
     Row(
         optim.LARS,
-        (1.0, 0.03, 1.0),
+        (1.0, 0.1, 0.5),
         {"plain": {"lr": 0.1}, "decaying": {"lr": 0.5, "weight_decay": 0.1, "trust_coefficient": 0.01}},
         paper=papers.lars,
         hyper={"trust_coefficient": 0.02},
     ),
     Row(
         optim.Adan,
-        (0.3, 0.05, 0.01),
+        (1.0, 0.05, 0.01),
         {"plain": {"lr": 0.01}, "decaying": {"lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.8, 0.95)}},
         paper=papers.adan,
     ),
