@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks import machine
 from benchmarks.stats import Spread
-from shardstep.optim.adamw import adamw
+from shardstep.optim.adam import adamw
 from shardstep.rules.compiled import compile_rule
 from shardstep.types import Batch, Segment
 

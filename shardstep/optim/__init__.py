@@ -11,13 +11,44 @@ This room never hears of ranks: an optimizer works alone on one device, or is ha
 from torch.optim import LBFGS, SparseAdam, lr_scheduler, swa_utils, swap_in_optimizer_params_and_state
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from shardstep.optim.adamw import AdamW
+from shardstep.optim.adabelief import AdaBelief
+from shardstep.optim.adadelta import Adadelta
+from shardstep.optim.adagrad import Adagrad
+from shardstep.optim.adam import Adam, AdamW
+from shardstep.optim.adamax import Adamax
+from shardstep.optim.adan import Adan
+from shardstep.optim.asgd import ASGD
+from shardstep.optim.lamb import LAMB
+from shardstep.optim.lars import LARS
+from shardstep.optim.lion import Lion
+from shardstep.optim.nadam import NAdam
 from shardstep.optim.optimizer import Optimizer
+from shardstep.optim.radam import RAdam
+from shardstep.optim.rmsprop import RMSprop
+from shardstep.optim.rprop import Rprop
+from shardstep.optim.schedule_free import AdamWScheduleFree
+from shardstep.optim.sgd import SGD
 
 __all__ = [
+    "ASGD",
+    "LAMB",
+    "LARS",
     "LBFGS",
+    "SGD",
+    "AdaBelief",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
     "AdamW",
+    "AdamWScheduleFree",
+    "Adamax",
+    "Adan",
+    "Lion",
+    "NAdam",
     "Optimizer",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
     "SparseAdam",
     "lr_scheduler",
     "register_optimizer_step_post_hook",

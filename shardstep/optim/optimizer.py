@@ -16,7 +16,6 @@ from torch.optim.optimizer import ParamsT, StateDict
 from shardstep.errors import ArgumentTypeError, ConfigError, UnsupportedError
 from shardstep.optim.alone import batches_alone
 from shardstep.optim.groups import check_options, check_parameters, defaults_of, parameters_of, with_flags
-from shardstep.optim.groups import number as number
 from shardstep.optim.loading import as_step, checked_groups, checked_state
 from shardstep.rules import Rule
 from shardstep.rules.binding import compute_dtype

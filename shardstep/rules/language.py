@@ -81,6 +81,10 @@ class Rule:
         """``file:line`` of the definition."""
         return _place(self.function)
 
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """For type checkers: rules may call it. Raises RuleError, since only rules may."""
+        _refuse_call(self.name)
+
 
 @dataclass(frozen=True, eq=False)
 class Inline:
@@ -94,9 +98,19 @@ class Inline:
         """``file:line`` of the definition."""
         return _place(self.function)
 
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """For type checkers: rules may call it. Raises RuleError, since only rules may."""
+        _refuse_call(self.name)
+
 
 def _place(function: types.FunctionType) -> str:
     return f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
+
+
+def _refuse_call(name: str) -> NoReturn:
+    raise RuleError(
+        f"expected {name}() inside a function under @rule or @inline, whose text is compiled; got a call by Python"
+    )
 
 
 def rule(function: Callable[..., Any]) -> Rule:
@@ -133,7 +147,8 @@ def _plain(function: Callable[..., Any], decorator: str) -> types.FunctionType:
         if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
             text = f"expected every argument by name, got {argument}"
             _refuse(function, argument.name, "E27", text, "list the arguments")
-        if argument.name in WORDS or argument.name in _PUT_IN:
+        is_state = decorator == "rule" and argument.kind is not argument.KEYWORD_ONLY
+        if (argument.name in WORDS and not is_state) or argument.name in _PUT_IN:
             text = f"the argument {argument.name!r} has the name of what the language has already"
             _refuse(function, argument.name, "E28", text, "give it another name")
     return function
@@ -234,7 +249,8 @@ WORDS: Final[Mapping[str, tuple[str, ...]]] = types.MappingProxyType(
         **dict.fromkeys("sum mean norm max_abs row_mean col_mean".split(), ("x",)),
     }
 )
-"""The functions that a rule knows without importing them, and their arguments. They win over all other names.
+"""The functions that a rule knows without importing them, and their arguments. They win over all other names, but for
+states: the ``sum`` of Adagrad is a state, and in a call still the function.
 
 ``rsqrt(x)`` is 1 / sqrt(x); ``clip`` is minimum(maximum(x, low), high); ``lerp`` is fma(weight, end - start, start);
 ``fma`` is x · y + z rounded once; ``where`` chooses for each element. ``sum mean norm max_abs`` give one number for

@@ -15,12 +15,12 @@ from shardstep.rules.backends import llvm, triton
 from shardstep.rules.binding import Binding, stored_dtype
 from shardstep.rules.check import check
 from shardstep.rules.check import to_text as types_to_text
-from shardstep.rules.ir import to_text
+from shardstep.rules.ir import Program, to_text
 from shardstep.rules.language import Rule
 from shardstep.rules.locality import locality, needs_whole_tensors
 from shardstep.rules.lower import lower, program_of
 from shardstep.rules.parse import parse
-from shardstep.rules.passes import compile_phases, cut, stages, truths
+from shardstep.rules.passes import compile_phases, cut, drop_dead, specialise, stages, truths
 from shardstep.rules.scalars import expression
 from shardstep.rules.trace_values import Line, first_non_finite, trace_values
 
@@ -53,7 +53,7 @@ def debug(rule: Rule, values: Mapping[str, float], hypers: Mapping[str, object])
 
     ``values``: param, grad and states; those left out are 1 for param, 1 for grad, and 0. Raises as `show` does.
     """
-    program = program_of(rule)
+    program = _taken(rule, complete(rule, hypers))
     given = {"param": 1.0, "grad": 1.0, **dict.fromkeys(rule.states, 0.0), **values}
     if unknown := values.keys() - program.shapes.keys():
         raise ConfigError(f"expected values for {', '.join(program.shapes)}, got one for {', '.join(sorted(unknown))}")
@@ -74,7 +74,13 @@ def debug(rule: Rule, values: Mapping[str, float], hypers: Mapping[str, object])
 
 def explain(rule: Rule, values: Mapping[str, float], hypers: Mapping[str, object], compute: torch.dtype) -> str:
     """Which line of ``rule`` makes the first infinity or NaN of one element; all values are given."""
-    return _culprit(trace_values(program_of(rule), values, hypers, compute), rule.function.__code__.co_filename)
+    return _culprit(trace_values(_taken(rule, hypers), values, hypers, compute), rule.function.__code__.co_filename)
+
+
+def _taken(rule: Rule, hypers: Mapping[str, object]) -> Program:
+    """What ``rule`` does with these hyper-parameters: an infinity in a branch that is not taken is nobody's fault."""
+    program = program_of(rule)
+    return drop_dead(specialise(program, truths(program, hypers)))
 
 
 def complete(rule: Rule, given: Mapping[str, object]) -> dict[str, object]:

@@ -206,9 +206,9 @@ def test_ranges_are_checked_for_all_and_for_each_group(hyper, said):
         AdamW(groups)
 
 
-def test_a_variant_that_is_not_here_is_refused():
-    with pytest.raises(ConfigError, match="amsgrad=False in parameter group 0"):
-        AdamW([{"params": [nn.Parameter(torch.ones(1))], "amsgrad": True}])
+def test_its_decay_is_always_decoupled():
+    with pytest.raises(ConfigError, match="decoupled_weight_decay=True of AdamW in parameter group 0"):
+        AdamW([{"params": [nn.Parameter(torch.ones(1))], "decoupled_weight_decay": False}])
 
 
 def test_a_parameter_given_twice_is_named():

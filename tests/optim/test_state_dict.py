@@ -117,6 +117,7 @@ def drop(state_dict, *path):
         (lambda d: d["param_groups"][1].update(lr=-1.0), "lr ≥ 0 in loaded parameter group 1"),
         (lambda d: d["param_groups"][1].update(capturable=True), "capturable=False in loaded parameter group 1"),
         (lambda d: d.pop("state"), "got one without 'state'"),
+        (lambda d: d["param_groups"][1].update(amsgrad=True), "max_exp_avg_sq"),
         (lambda d: drop(d, "state", 1, "exp_avg"), "for parameter 1, got"),
         (lambda d: d["state"][1].update(max_exp_avg_sq=torch.ones(3)), "max_exp_avg_sq"),
         (lambda d: d["state"][1].update(exp_avg=torch.ones(4)), r"exp_avg of shape \(3,\) for parameter 1"),

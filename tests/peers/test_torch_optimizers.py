@@ -32,8 +32,6 @@ INFOS: dict[str, OptimizerInfo] = {
     if issubclass(getattr(ss.optim, info.name, object), ss.optim.Optimizer)  # SparseAdam and LBFGS are torch's
 }
 ONLY_MATRICES = {"Muon"}
-NOT_THERE = {"AdamW": {"amsgrad"}}
-"""Flags of torch's class that ours refuses."""
 ACCEPTED = {
     "lr as Tensor doesn't work with foreach & not capturable": "foreach chooses no implementation here",
     r"betas\[0\] as a Tensor is not supported for capturable=False and foreach=True": "the same",
@@ -53,9 +51,7 @@ TOLERANCES = {
 
 def configurations(name: str) -> list[tuple[str, dict[str, Any]]]:
     """(description, keyword arguments) of the database for a class."""
-    inputs = [(one.desc, one.kwargs) for one in INFOS[name].optim_inputs_func(device="cpu")]
-    absent = NOT_THERE.get(name, set())
-    return [(desc, kwargs) for desc, kwargs in inputs if not any(kwargs.get(flag) for flag in absent)]
+    return [(one.desc, one.kwargs) for one in INFOS[name].optim_inputs_func(device="cpu")]
 
 
 EVERY = [pytest.param(name, kw, id=f"{name}-{desc}") for name in INFOS for desc, kw in configurations(name)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shardstep.optim.adamw import adamw
+from shardstep.optim.adam import adamw
 from shardstep.rules.ir import Place, parse_text, to_text
 from shardstep.rules.language import WORDS, Inline, Rule, inline, rule, state, zeros
 from shardstep.rules.locality import locality

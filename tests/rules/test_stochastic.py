@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from shardstep.errors import ConfigError, RuleError
-from shardstep.optim.adamw import adamw
+from shardstep.optim.adam import adamw
 from shardstep.rules import compiled, noise
 from shardstep.rules.backends import llvm, reference, triton
 from shardstep.rules.binding import Binding, check_dtypes

@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 
-from shardstep.optim.adamw import adamw
+from shardstep.optim.adam import adamw
 from shardstep.rules.backends.triton import compile_text, source
 from shardstep.rules.binding import Binding
 from shardstep.rules.lower import program_of

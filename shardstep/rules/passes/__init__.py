@@ -6,7 +6,18 @@ the verifier between; `split` comes last and makes phases. Nothing here knows a 
 `stochastic` knows a dtype that an array is stored in.
 """
 
+from shardstep.rules.passes.dead import drop_dead
 from shardstep.rules.passes.pipeline import compile_phases, cut, stages
-from shardstep.rules.passes.specialise import compile_truths, conditions, truths, used_arrays
+from shardstep.rules.passes.specialise import compile_truths, conditions, specialise, truths, used_arrays
 
-__all__ = ["compile_phases", "compile_truths", "conditions", "cut", "stages", "truths", "used_arrays"]
+__all__ = [
+    "compile_phases",
+    "compile_truths",
+    "conditions",
+    "cut",
+    "drop_dead",
+    "specialise",
+    "stages",
+    "truths",
+    "used_arrays",
+]
