@@ -8,6 +8,7 @@ Nothing happens at import but imports.
 """
 
 from shardstep import optim
+from shardstep.averaging import Average
 from shardstep.config import Precision
 from shardstep.errors import (
     CollectiveError,
@@ -26,6 +27,7 @@ from shardstep.rules import inline, state, zeros
 from shardstep.sharding import MicroBatch, Sharded, digest, gathered, shard
 
 __all__ = [
+    "Average",
     "CollectiveError",
     "ConfigError",
     "FreedParameterError",

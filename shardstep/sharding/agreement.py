@@ -20,6 +20,8 @@ class Act(IntEnum):
     BACKWARD = 1
     STEP = 2
     READ_WHOLE = 3
+    SWAP = 4
+    STATISTICS = 5
 
 
 _SENTENCES = {
@@ -27,6 +29,8 @@ _SENTENCES = {
     Act.BACKWARD: "begins a backward pass",
     Act.STEP: "calls optimizer.step()",
     Act.READ_WHOLE: "gathers whole parameters or states",
+    Act.SWAP: "enters or leaves 'with average.applied():'",
+    Act.STATISTICS: "runs another micro-batch of average.update_bn()",
 }
 
 

@@ -89,8 +89,9 @@ class Sharded:
 
     @property
     def bytes(self) -> ByteReport:
-        """Parameters, gradients and optimizer state in the engine's own buffers."""
-        formula = self._formula.of(max(1, self._gradients.most_leaves))
+        """Parameters, gradients and optimizer state (averages are counted with it) in the engine's own buffers."""
+        averages = max(len(space.averages) for unit in self._units for space in unit.spaces)
+        formula = self._formula.of(max(1, self._gradients.most_leaves), averages)
         return ByteReport(self._ledger.peak, formula.peak(), formula.unsharded().peak())
 
     def micro_batches(
