@@ -8,6 +8,7 @@ Nothing happens at import but imports.
 """
 
 from shardstep import optim
+from shardstep.averaging import Average
 from shardstep.config import Precision
 from shardstep.errors import (
     ArgumentTypeError,
@@ -30,6 +31,7 @@ from shardstep.sharding import MicroBatch, Sharded, digest, gathered, shard
 
 __all__ = [
     "ArgumentTypeError",
+    "Average",
     "CollectiveError",
     "ConfigError",
     "FreedParameterError",

@@ -22,6 +22,8 @@ class Act(IntEnum):
     READ_WHOLE = 3
     ADD_PARAMETERS = 4
     UNSCALE = 5
+    SWAP = 6
+    STATISTICS = 7
 
 
 _SENTENCES = {
@@ -31,6 +33,8 @@ _SENTENCES = {
     Act.READ_WHOLE: "gathers whole parameters or states",
     Act.UNSCALE: "unscales gradients",
     Act.ADD_PARAMETERS: "adds parameters to the optimizer",
+    Act.SWAP: "enters or leaves 'with average.applied():'",
+    Act.STATISTICS: "runs another micro-batch of average.update_bn()",
 }
 
 

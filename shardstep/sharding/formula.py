@@ -33,7 +33,7 @@ class SpaceSize:
 @dataclass(frozen=True)
 class Formula:
     """``units`` holds the spaces of each unit in declared order, the root first; ``states`` what each state of the
-    rule is stored in (None: the master's dtype).
+    rule is stored in (None: the master's dtype, which ``averages`` have too).
     """
 
     units: list[list[SpaceSize]]
@@ -43,6 +43,7 @@ class Formula:
     states: tuple[torch.dtype | None, ...]
     schedule: Schedule
     rank: int
+    averages: int = 0
 
     def unsharded(self) -> "Formula":
         """The same training on one rank, at stage 0."""
@@ -93,12 +94,12 @@ class Formula:
         return held + root + max(windows, default=0)
 
     def _state(self) -> int:
-        """The rule's states and, for low-precision parameters, the master."""
+        """The rule's states, the averages and, for low-precision parameters, the master."""
         return sum(self._owned(space) * self._state_bytes(space.precision) for space in self._trained())
 
     def _state_bytes(self, precision: Precision) -> int:
         """Of one element."""
-        kept = [None] if precision.master != precision.params else []
+        kept = [None] * (self.averages + (precision.master != precision.params))
         return sum((dtype or precision.master).itemsize for dtype in (*self.states, *kept))
 
     def _gradients(self) -> int:

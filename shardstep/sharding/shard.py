@@ -5,7 +5,7 @@ the optimizer stay the objects that they were.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -97,8 +97,9 @@ class Sharded:
 
     @property
     def bytes(self) -> ByteReport:
-        """Parameters, gradients and optimizer state in the engine's own buffers."""
-        formula = self._formula(max(1, self._gradients.most_leaves))
+        """Parameters, gradients and optimizer state (averages are counted with it) in the engine's own buffers."""
+        averages = max(len(space.averages) for unit in self._units for space in unit.spaces)
+        formula = replace(self._formula(max(1, self._gradients.most_leaves)), averages=averages)
         return ByteReport(self._ledger.peak, formula.peak(), formula.unsharded().peak())
 
     def micro_batches(

@@ -6,6 +6,7 @@
     values   owned numel    what the rule's result is written to: ``flat`` at stage 0, else ``shard``.
     master   owned numel    what the rule updates: ``values`` itself, or a wider copy of it.
     state    owned numel    one buffer per named state of the rule, in its declared dtype or the master's.
+    averages owned numel    one buffer per `shardstep.Average` of the model, in the master's dtype.
     leaf     padded numel   the gradient of the current micro-batch; kept between steps below stage 2.
     tree     shard numel    partial sums of all ranks' leaves over this rank's run.
     local    padded numel   partial sums of this rank's own leaves (schedule per step).
@@ -51,6 +52,7 @@ class Space:
         self.tree = Tree(ledger, precision.master)
         self.local = Tree(ledger, precision.master)
         self.state: dict[str, Tensor] = {}
+        self.averages: list[Tensor] = []
         self.is_whole = True
         self.held = 0
         """How many ``gathered`` blocks keep the parameters whole."""
@@ -239,6 +241,26 @@ class Space:
             self.state[declared.name].copy_(self.master)
         else:
             self.state[declared.name].fill_(declared.start)
+
+    # - averages
+
+    def make_average(self) -> None:
+        """Allocate one more average over what this rank owns."""
+        self.averages.append(self._ledger.take("state", self.master.numel(), self.precision.master))
+
+    def exchange(self, number: int) -> None:
+        """Let the parameters and average ``number`` change places on this rank; the same again undoes it, to the bit.
+
+        (But a NaN in parameters that have a wider master may come back as another NaN.)
+        """
+        if self.master is not self.values:
+            self.master, self.averages[number] = self.averages[number], self.master
+            self.values.copy_(self.master)
+            return
+        one, other = (run.view(torch.int64) for run in (self.values, self.averages[number]))
+        one ^= other  # three exclusive ors swap two buffers without a third one
+        other ^= one
+        one ^= other
 
     def whole(self, run: Tensor, label: str) -> Tensor:
         """The whole flat space of which ``run`` is what this rank owns (values, master or a state)."""
