@@ -48,6 +48,13 @@ TOLERANCES = {
     torch.bfloat16: {"rtol": 4e-2, "atol": 4e-2},  # torch keeps state in bfloat16 and rounds every operation
 }
 
+IN_FLOAT32 = {"ASGD", "NAdam"}
+"""Whose numbers for a whole tensor (eta, mu_product) torch rounds to float32 even for float64 parameters."""
+
+
+def tolerance(name: str, dtype: torch.dtype = torch.float64) -> dict[str, float]:
+    return {"rtol": 1e-6, "atol": 1e-7} if name in IN_FLOAT32 and dtype == torch.float64 else TOLERANCES[dtype]
+
 
 def configurations(name: str) -> list[tuple[str, dict[str, Any]]]:
     """(description, keyword arguments) of the database for a class."""
@@ -105,6 +112,8 @@ def assert_alike(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer, tig
     for mine, other in zip(owned(ours), owned(theirs), strict=True):
         torch.testing.assert_close(mine.detach(), other.detach(), **tight)
         for key, value in theirs.state[other].items():
+            if key == "step" and isinstance(theirs, torch.optim.SGD):
+                continue  # it counts none: this is what it was given
             if value is not None:
                 torch.testing.assert_close(ours.state[mine][key], value, **tight, check_dtype=False)
 
@@ -122,7 +131,7 @@ def test_a_configuration_goes_the_way_of_torchs(name, kwargs, dtype):
         theirs = theirs_of(name, groups_of(other) if grouped else other, **kwargs)
         for optimizer in (ours, theirs):
             go(optimizer, range(3 if dtype == torch.bfloat16 else 7))
-        assert_alike(ours, theirs, TOLERANCES[dtype])
+        assert_alike(ours, theirs, tolerance(name, dtype))
 
 
 @pytest.mark.parametrize(("name", "kwargs"), EVERY)
@@ -137,7 +146,7 @@ def test_state_dicts_go_from_one_to_the_other(name, kwargs):
         for optimizer in (first, second):
             go(optimizer, range(4, 7))
         ours, theirs = (first, second) if source is ours_of else (second, first)
-        assert_alike(ours, theirs, TOLERANCES[torch.float64])
+        assert_alike(ours, theirs, tolerance(name))
         names = {key for group in first.state_dict()["param_groups"] for key in group}
         assert names <= {key for group in second.state_dict()["param_groups"] for key in group}
 
@@ -225,7 +234,7 @@ def test_schedulers_of_the_database(name):
                     metric = [1.0] if isinstance(scheduler, ss.optim.lr_scheduler.ReduceLROnPlateau) else []
                     scheduler.step(*metric)
         assert [g["lr"] for g in pair[0].param_groups] == [g["lr"] for g in pair[1].param_groups]
-        assert_alike(*pair, TOLERANCES[torch.float64])
+        assert_alike(*pair, tolerance(name))
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -274,13 +283,13 @@ def test_closures_steps_without_gradients_and_zeroed_ones(name):
     ours, theirs = (kind(name, parameters(name), lr=0.01) for kind in (ours_of, theirs_of))
     with torch.no_grad():
         losses = [[float(optimizer.step(closure_of(optimizer))) for _ in range(3)] for optimizer in (ours, theirs)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
-    assert_alike(ours, theirs, TOLERANCES[torch.float64])
+    assert losses[0] == pytest.approx(losses[1], rel=tolerance(name)["rtol"])
+    assert_alike(ours, theirs, tolerance(name))
     for optimizer in (ours, theirs):
         optimizer.zero_grad(set_to_none=False)
         assert all(param.grad is not None and not param.grad.any() for param in owned(optimizer))
         optimizer.step()
-    assert_alike(ours, theirs, TOLERANCES[torch.float64])
+    assert_alike(ours, theirs, tolerance(name))
     before = copied(owned(ours))
     ours.zero_grad()
     ours.step()
