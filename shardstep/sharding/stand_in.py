@@ -29,7 +29,7 @@ class StandIn(Tensor):
 
     @staticmethod
     def __new__(cls, parameter: nn.Parameter, name: str, unscale: Callable[[float], bool]) -> "StandIn":
-        make: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        make: Any = torch.Tensor._make_wrapper_subclass
         made: StandIn = make(cls, parameter.shape, dtype=parameter.dtype, device=parameter.device)
         made.parameter_name, made.unscale, made.arrived = name, unscale, None
         return made
