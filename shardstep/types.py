@@ -84,5 +84,5 @@ class FlatSource(Protocol):
     def adopt_state(self, state: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
         """Replace all state by a copy of ``state``, in the form of :meth:`whole_state`.
 
-        A parameter left out starts anew.
+        A parameter left out starts anew, and so does a state that its entry leaves out.
         """

@@ -104,7 +104,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _check_complex(self, given: list[Any], where: str) -> None:
         params = [entry[1] if isinstance(entry, tuple) else entry for entry in given]
-        if any(param.is_complex() for param in params) and compile_rule(self.rule).needs_whole_tensors:
+        if any(param.is_complex() for param in params) and compile_rule(self.rule).locality in ("factored", "matrix"):
             raise UnsupportedError(
                 f"expected real parameters for {self.rule.name!r}, whose rule looks at rows or whole matrices, got "
                 f"complex ones in {where}; optimize them by another rule"

@@ -135,7 +135,7 @@ class Step:
     def _whole_from_rank_0(self, space: Space, name: str, state: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> Tensor:
         flat = space.whole(space.state[name], f"state {name!r}").clone()
         for slot, parameter in zip(space.layout.slots, space.parameters, strict=True):
-            if parameter in state:
+            if name in state.get(parameter, {}):  # groups may differ in which states they have
                 flat[slot.offset : slot.end].view(slot.shape).copy_(state[parameter][name])
         self._group.broadcast(flat, label=f"broadcast of state {name!r} of {space.where}")
         return flat

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from shardstep.errors import ConfigError
-from shardstep.optim import AdamW
+from shardstep.optim import AdamW, Optimizer
+from shardstep.rules import rule, zeros
 
 
 def model_and(optimizer_class, dtype=torch.float32, **hyper):
@@ -100,6 +101,42 @@ def test_load_hooks_see_the_whole_state_and_may_replace_it():
     other.load_state_dict(optimizer.state_dict())
     assert seen == [4, 4]
     assert {state["step"].item() for state in other.state.values()} == {4.0}
+
+
+@rule
+def descend(param, grad, momentum_buffer=zeros, *, step, lr=0.1, momentum=0.9):
+    momentum_buffer = grad if step == 1 else momentum * momentum_buffer + grad
+    return param - lr * momentum_buffer, momentum_buffer
+
+
+class Descend(Optimizer):
+    rule = descend
+
+
+def test_a_dict_without_step_counts_loads_where_only_the_first_step_differs():
+    model, theirs = model_and(torch.optim.SGD, momentum=0.9, lr=0.1)
+    train(model, theirs, 2)
+    other_model, ours = model_and(Descend)
+    other_model.load_state_dict(model.state_dict())
+    saved = copy.deepcopy(theirs.state_dict())
+    saved["state"][1]["momentum_buffer"] = None  # as older versions save a parameter that had no gradient
+    theirs.load_state_dict(copy.deepcopy(saved))
+    ours.load_state_dict(saved)
+    assert ours.state[other_model[0].weight]["step"].item() == 1
+    train(model, theirs, 2, start=2)
+    train(other_model, ours, 2, start=2)
+    for p, q in zip(model.parameters(), other_model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+    theirs.load_state_dict(ours.state_dict())
+    train(model, theirs, 1, start=4)
+
+
+def test_a_dict_without_step_counts_is_refused_where_they_matter():
+    _, optimizer = trained(AdamW)
+    saved = optimizer.state_dict()
+    saved = {**saved, "state": {0: {k: v for k, v in saved["state"][0].items() if k != "step"}}}
+    with pytest.raises(KeyError, match=r"the states .*'step'.* for parameter 0, got"):
+        optimizer.load_state_dict(saved)
 
 
 def drop(state_dict, *path):

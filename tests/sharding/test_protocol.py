@@ -266,6 +266,43 @@ def hiding_reference() -> str:
     return ss.digest(model, optimizer)
 
 
+# - what is saved, and what is refused
+
+
+@ss.rule
+def averaged(param, grad, average=ss.zeros, *, lr=0.1, keep=False):
+    average = average + grad if keep else average
+    return param - lr * grad, average
+
+
+Averaged = averaged.optimizer()
+
+
+def test_groups_with_other_flags_save_their_own_states_only():
+    model = tied()
+    wide, narrow = ([p for p in trained(model) if (p.ndim > 1) is wide] for wide in (True, False))
+    optimizer = Averaged([{"params": wide, "keep": True}, {"params": narrow}])
+    sharded = ss.shard(model, optimizer, stage=2)
+    run_step(model, optimizer, sharded, 0)
+    saved = optimizer.state_dict()
+    names = [{*saved["state"][index]} for group in saved["param_groups"] for index in group["params"][:1]]
+    assert names == [{"step", "average"}, {"step"}]
+    optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda params: ss.optim.LBFGS(params), "LBFGS: it calls its closure several times a step"),
+        (lambda params: ss.optim.SparseAdam(params), "SparseAdam: a sparse gradient updates rows"),
+    ],
+)
+def test_optimizers_of_torch_that_are_no_rule_do_not_shard(make, said):
+    model = tied()
+    with pytest.raises(ss.ConfigError, match=f"whose rule can run on shards, got torch.optim.*{said}.*use one of"):
+        ss.shard(model, make(trained(model)))
+
+
 # - schedulers
 
 Scheduler = Callable[[Any], Any]
@@ -294,7 +331,9 @@ SCHEDULERS: dict[str, Scheduler] = {
 def scheduled_run(name: str, shard: bool = True, tensor_lr: bool = False, **options: Any) -> tuple[str, Any]:
     """The digest of four steps, and the rates and betas that they were made with."""
     model = tied()
-    groups = [{"params": [p for p in trained(model) if (p.ndim > 1) is wide]} for wide in (True, False)]
+    groups = [
+        {"params": [p for p in trained(model) if (p.ndim > 1) is wide], "maximize": not wide} for wide in (True, False)
+    ]
     optimizer = ss.optim.AdamW(groups, lr=torch.tensor(1e-2) if tensor_lr else 1e-2)
     sharded = ss.shard(model, optimizer, **options) if shard else None
     scheduler, rates = SCHEDULERS[name](optimizer), []
