@@ -35,7 +35,7 @@ def adagrad(
         s ← s + g²
         θ ← θ − lr / (1 + (t − 1) · lr_decay) · g / (√s + eps)
 
-    Differs from the paper as torch does: it has neither lr_decay nor eps.
+    Differs from the paper as torch does: it has no lr_decay, and its δ is eps.
     """
     direction = with_decay(grad, param, weight_decay)
     sum = fma(direction, direction, initial_accumulator_value if step == 1 else sum)

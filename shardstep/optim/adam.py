@@ -40,8 +40,7 @@ def adam(
         u ← v                                           or, with amsgrad, u ← max(u, v)
         θ ← θ − lr / (1 − β₁ᵗ) · m / (√u / √(1 − β₂ᵗ) + eps)
 
-    Differs from the papers as torch does: the decay is the loss's or decoupled by choice, and amsgrad takes the
-    maximum before the correction of the bias, with the correction of the step at hand.
+    Differs from the papers as torch does: there is a weight decay, and amsgrad keeps the corrections of bias.
     """
     direction = grad
     if decoupled_weight_decay:

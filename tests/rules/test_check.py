@@ -162,7 +162,7 @@ def test_a_rule_too_long_or_too_deep_is_told_and_not_run_out():
 def test_types_are_told_for_each_name():
     assert to_text(check(adam)).splitlines()[3:6] == [
         f"{line_of(adam.function) + n}:4 {name}: real element"
-        for n, name in ((35, "exp_avg"), (36, "exp_avg_sq"), (37, "second"))
+        for n, name in ((34, "exp_avg"), (35, "exp_avg_sq"), (36, "second"))
     ]
 
 

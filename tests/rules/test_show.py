@@ -97,7 +97,7 @@ def test_the_debugger_says_when_it_was_given():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["show", "adamm"], "expected one of asgd, lamb"),
+        (["show", "adamm"], "expected one of adabelief, adadelta"),
         (["show", "nowhere.py:rule"], "expected a Python file"),
         (["show", f"{EXAMPLES}:ROUNDS"], "expected a function under @rule called 'ROUNDS'"),
         (["show", "adamw", "--stage", "passes", "--flags", "lr"], "expected NAME=VALUE"),
