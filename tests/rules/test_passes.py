@@ -239,6 +239,27 @@ def test_stages_name_the_passes_and_end_where_nothing_changes():
     assert drop_dead(share_common(reduce_strength(fold_constants(last)))) == last
 
 
+@pytest.mark.parametrize("name", [name for name in PASSES if name != "gradient"])
+def test_a_pass_with_nothing_to_do_gives_back_the_same_program(name):
+    last = stages(read_named("constants.identities"), [], torch.float32)[-1][1]
+    assert PASSES[name](last) is last
+
+
+def test_programs_that_differ_in_the_sign_of_a_zero_are_two():
+    program = parse_text(SIGNED_ZERO.format("0.0"))
+    other = parse_text(SIGNED_ZERO.format("-0.0"))
+    assert to_text(program.with_instructions(other.instructions, program.stores)) == to_text(other)
+    assert program.with_instructions(program.instructions, program.stores) is program
+
+
+SIGNED_ZERO = """rule r
+%0 = load param : real element
+%1 = const {} : real uniform
+%2 = add %0 %1 : real element
+store param %2
+"""
+
+
 def test_what_sharing_makes_equal_folds_in_the_next_round():
     program = parse_text(
         "rule r\n%0 = load param : real element\n%1 = load grad : real element\n%2 = lt %0 %1 : bool element\n"
