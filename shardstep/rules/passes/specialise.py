@@ -56,6 +56,8 @@ def truths(program: Program, hypers: Mapping[str, object]) -> tuple[bool, ...]:
 
 def compile_truths(program: Program) -> TruthFunction:
     """`truths` of one program, fast enough to be asked at every step."""
+    if not conditions(program):
+        return lambda hypers: ()
     function = compile_scalars(program, conditions(program))
     seen: dict[tuple[float, ...], tuple[bool, ...]] = {}
 
