@@ -6,7 +6,7 @@ calls the kernel. It never hears of ranks.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, cast, overload
 
 import torch
@@ -146,42 +146,33 @@ class Optimizer(torch.optim.Optimizer):
         return loss
 
     def _step_alone(self) -> None:
-        segments, converted = list[Segment](), list[tuple[Tensor, Tensor]]()
+        segments, states = list[Segment](), dict[Tensor, dict[str, Tensor]]()
+        converted = list[tuple[Tensor, Tensor]]()
         for index, group in enumerate(self.param_groups):
             for position, param in enumerate(group["params"]):
-                if param.grad is None:
+                grad = param.grad
+                if grad is None:
                     continue
-                if param.grad.layout is not torch.strided:
+                if grad.layout is not _DENSE:
                     raise ConfigError(
                         f"expected a dense gradient at parameter group {index}, position {position}, got "
-                        f"{param.grad.layout}; build the layer with sparse=False"
+                        f"{grad.layout}; build the layer with sparse=False"
                     )
-                segments.append(self._segment(param, index, converted))
+                states[param] = state = self.state.get(param) or self._start(param, group)
+                segments.append(_segment(param, grad, state, index, converted))
+        if not segments:
+            return
         updated = [(segment.group, segment.step) for segment in segments]
         compile_rule(self.rule).update(Batch(segments, updated, lambda sums, _: sums), self.param_groups)
+        self.state.update(states)  # now that nothing can fail
+        torch._foreach_add_([state["step"] for state in states.values()], torch.ones(()))
         for param, master in converted:
             param.copy_(master)
-        increment_version([segment.param for segment in segments])  # autograd cannot see what a kernel writes
+        increment_version(list(states))  # autograd cannot see what a kernel writes
 
-    def _segment(self, param: Tensor, index: int, converted: list[tuple[Tensor, Tensor]]) -> Segment:
-        """One whole tensor; ``converted`` gains (param, master) if its new values must be copied back."""
-        data, dtype = param.detach(), compute_dtype(param)
-        state = self.state[param] or self._start(param, self.param_groups[index])
-        state["step"] += 1
-        master = data
-        if data.dtype != dtype or not data.is_contiguous():
-            master = data.to(dtype, memory_format=torch.contiguous_format, copy=True)
-            converted.append((data, master))
-        return Segment(
-            group=index,
-            step=int(state["step"]),
-            param=master.view(-1),
-            grad=cast(Tensor, param.grad).detach().reshape(-1),
-            state={name: values.view(-1) for name, values in state.items() if name != "step"},
-            low=None,
-            grad_scale=1.0,
-            shape=tuple(param.shape),
-        )
+    def check_update(self, updated: Iterable[tuple[int, int]]) -> None:
+        """Raise RuleError if the hyper-parameters of a (group, step) give no update: before anything is changed."""
+        compile_rule(self.rule).check(updated, self.param_groups)
 
     def explain(self, segment: Segment, index: int) -> str:
         """Which line of the rule makes the first infinity or NaN when element ``index`` of ``segment`` is updated."""
@@ -195,9 +186,8 @@ class Optimizer(torch.optim.Optimizer):
         return explain(self.rule, values, hypers, compute)
 
     def _start(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The first state of ``param``, which is kept from now on."""
-        state: dict[str, Tensor] = self.state[param]
-        state["step"] = torch.zeros((), dtype=torch.float32)
+        """The first state of ``param``."""
+        state = {"step": torch.zeros((), dtype=torch.float32)}
         for declared in compile_rule(self.rule).states(group):
             state[declared.name] = start_of(declared, param)
         return state
@@ -261,7 +251,29 @@ class Optimizer(torch.optim.Optimizer):
         return super().__getstate__()
 
 
+_DENSE = torch.strided
+_COMPUTED = frozenset({torch.float32, torch.float64})
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _segment(
+    param: Tensor, grad: Tensor, state: Mapping[str, Tensor], group: int, converted: list[tuple[Tensor, Tensor]]
+) -> Segment:
+    """One whole tensor; ``converted`` gains (param, master) if its new values must be copied back."""
+    master = param
+    if param.dtype not in _COMPUTED or not param.is_contiguous():
+        master = param.to(compute_dtype(param), memory_format=torch.contiguous_format, copy=True)
+        converted.append((param, master))
+    return Segment(
+        group=group,
+        step=int(state["step"]) + 1,
+        param=master,
+        grad=grad if grad.is_contiguous() else grad.contiguous(),
+        state={name: values for name, values in state.items() if name != "step"},
+        low=None,
+        grad_scale=1.0,
+        shape=param.shape,
+    )
 
 
 def number(value: object, name: str, where: str) -> float:
