@@ -7,6 +7,6 @@ the verifier between; `split` comes last and makes phases. Nothing here knows a 
 """
 
 from shardstep.rules.passes.pipeline import compile_phases, cut, stages
-from shardstep.rules.passes.specialise import compile_truths, conditions, truths, used_arrays
+from shardstep.rules.passes.specialise import compile_truths, conditions, used_arrays
 
-__all__ = ["compile_phases", "compile_truths", "conditions", "cut", "stages", "truths", "used_arrays"]
+__all__ = ["compile_phases", "compile_truths", "conditions", "cut", "stages", "used_arrays"]

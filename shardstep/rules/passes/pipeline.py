@@ -33,7 +33,7 @@ _SIMPLIFYING: tuple[tuple[str, Pass], ...] = (
 
 
 def compile_phases(program: Program, truths: Sequence[bool], compute: torch.dtype) -> Phases:
-    """The phases of ``program`` for these `truths` of its conditions, in this compute dtype.
+    """The phases of ``program`` for these truths of its conditions, in this compute dtype.
 
     The gradient's scale is put in: the phases' scalars need a hyper-parameter ``grad_scale``.
     """
