@@ -49,11 +49,6 @@ class Layout:
         """Elements, the last block filled up with padding."""
         return self.blocks * BLOCK_NUMEL
 
-    @property
-    def parameter_numel(self) -> int:
-        """Elements that belong to parameters, without any padding."""
-        return sum(slot.numel for slot in self.slots)
-
     @cached_property
     def gaps(self) -> tuple[tuple[int, int], ...]:
         """The runs (start, end) between slots and up to the end, which must hold zeros."""

@@ -13,12 +13,12 @@ BLOCK_NUMEL: Final = 1024
 """Elements per block of a flat space. Shards are whole blocks, and sums are taken block by block."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Segment:
     """One flat run of elements that share hyper-parameters and step count.
 
     ``group`` is an index into the optimizer's ``param_groups``; ``step`` counts from 1 and already includes
-    this update. All tensors are one-dimensional, contiguous and of one length. ``param`` is the float32 (or
+    this update. All tensors are contiguous and of one length, in any shape. ``param`` is the float32 (or
     float64) master; each ``state`` has its dtype, or is bfloat16 or float16; ``grad`` may be of any floating dtype and
     is multiplied by ``grad_scale`` on the way in; ``low``, if any, receives the new parameters rounded to its dtype.
     ``offset`` is the place of element 0 in its flat space, which does not depend on who owns what. ``shape`` is the

@@ -5,7 +5,7 @@ The same interface to the update as a ``FlatSource``: batches of segments. Compl
 """
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -18,60 +18,67 @@ from shardstep.rules.binding import compute_dtype
 from shardstep.rules.compiled import compile_rule
 from shardstep.types import Batch, Segment
 
+_DENSE: Final = torch.strided
+_COMPUTED: Final = frozenset({torch.float32, torch.float64})
+_ONE: Final = torch.ones(())
+
 
 def batches_alone(
     groups: Sequence[Mapping[str, Any]], states: MutableMapping[Tensor, dict[str, Tensor]], rule: Rule
 ) -> Iterator[Batch]:
-    """One batch of every parameter that has a gradient; what it needs of ``states`` starts here."""
-    updated, segments, converted = list[Tensor](), list[Segment](), list[tuple[Tensor, Tensor]]()
+    """One batch of every parameter with a gradient; steps are counted and new ``states`` kept when it is updated."""
+    segments, converted = list[Segment](), list[tuple[Tensor, Tensor]]()
+    updated = dict[Tensor, dict[str, Tensor]]()
     for index, group in enumerate(groups):
         for position, param in enumerate(group["params"]):
-            if param.grad is not None:
-                _check_gradient(param.grad, f"parameter group {index}, position {position}")
-                state = states[param] or _start(states[param], param, group, rule)
-                segments.append(_segment(param, state, index, converted))
-                updated.append(param)
+            grad = param.grad
+            if grad is None:
+                continue
+            if grad.layout is not _DENSE:
+                raise UnsupportedError(
+                    f"expected a dense gradient at parameter group {index}, position {position}, got {grad.layout}; "
+                    f"build the layer with sparse=False"
+                )
+            updated[param] = state = states.get(param) or _start(param, group, rule)
+            segments.append(_segment(param, grad, state, index, converted))
+    if not segments:
+        return
     keys = [(segment.group, segment.step) for segment in segments]
     yield Batch(segments, keys, lambda sums, _: sums)
-    for param in updated:
-        states[param]["step"] += 1
-    for param, master in converted:
-        param.copy_(master)
-    increment_version(updated)  # autograd cannot see what a kernel writes
+    states.update(updated)  # now that nothing can fail
+    torch._foreach_add_([state["step"] for state in updated.values()], _ONE)
+    for data, master in converted:
+        data.copy_(master)
+    increment_version(list(updated))  # autograd cannot see what a kernel writes
 
 
-def _start(state: dict[str, Tensor], param: Tensor, group: Mapping[str, Any], rule: Rule) -> dict[str, Tensor]:
-    """Begin the state of ``param``."""
-    state["step"] = torch.zeros((), dtype=torch.float32)
+def _start(param: Tensor, group: Mapping[str, Any], rule: Rule) -> dict[str, Tensor]:
+    """The first state of ``param``."""
+    state = {"step": torch.zeros((), dtype=torch.float32)}
     for declared in compile_rule(rule).states(group):
         state[declared.name] = start_of(declared, param)
     return state
 
 
-def _check_gradient(grad: Tensor, where: str) -> None:
-    if grad.layout is not torch.strided:
-        raise UnsupportedError(
-            f"expected a dense gradient at {where}, got {grad.layout}; build the layer with sparse=False"
-        )
-
-
-def _segment(param: Tensor, state: Mapping[str, Tensor], group: int, converted: list[tuple[Tensor, Tensor]]) -> Segment:
+def _segment(
+    param: Tensor, grad: Tensor, state: Mapping[str, Tensor], group: int, converted: list[tuple[Tensor, Tensor]]
+) -> Segment:
     """One whole tensor; ``converted`` gains (param, master) if its new values must be copied back."""
-    data = as_real(param.detach())
-    dtype = compute_dtype(data)
-    master = data
-    if data.dtype != dtype or not data.is_contiguous():
-        master = data.to(dtype, memory_format=torch.contiguous_format, copy=True)
-        converted.append((data, master))
-    grad = param.grad
-    assert grad is not None
+    arrays = {name: values for name, values in state.items() if name != "step"}
+    if param.is_complex():
+        param, grad = as_real(param), as_real(grad)
+        arrays = {name: as_real(values) for name, values in arrays.items()}
+    master, grad = param, grad.resolve_neg()
+    if param.dtype not in _COMPUTED or not param.is_contiguous():
+        master = param.to(compute_dtype(param), memory_format=torch.contiguous_format, copy=True)
+        converted.append((param, master))
     return Segment(
         group=group,
         step=int(state["step"]) + 1,
-        param=master.view(-1),
-        grad=as_real(grad.detach().resolve_neg()).reshape(-1),
-        state={name: as_real(values).view(-1) for name, values in state.items() if name != "step"},
+        param=master,
+        grad=grad if grad.is_contiguous() else grad.contiguous(),
+        state=arrays,
         low=None,
         grad_scale=1.0,
-        shape=tuple(data.shape),
+        shape=param.shape,
     )

@@ -6,7 +6,7 @@ calls the kernel. It never hears of ranks.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, cast, overload
 
 import torch
@@ -143,6 +143,10 @@ class Optimizer(torch.optim.Optimizer):
         if "maximize" in self.rule.hyperparameters:
             return set()
         return {index for index, group in enumerate(self.param_groups) if group.get("maximize")}
+
+    def check_update(self, updated: Iterable[tuple[int, int]]) -> None:
+        """Raise RuleError if the hyper-parameters of a (group, step) give no update: before anything is changed."""
+        compile_rule(self.rule).check(updated, self.param_groups)
 
     def explain(self, segment: Segment, index: int) -> str:
         """Which line of the rule makes the first infinity or NaN when element ``index`` of ``segment`` is updated."""

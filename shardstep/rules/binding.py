@@ -27,7 +27,7 @@ class Binding:
 
 
 class PhaseKernel(Protocol):
-    """One phase on flat arrays: each contiguous, of shape (n,), in the binding's dtypes, on one device."""
+    """One phase on flat arrays: each contiguous, of n elements in any shape, in the binding's dtypes, on one device."""
 
     def __call__(
         self, arrays: Mapping[str, Tensor], scalars: Sequence[float], *, offset: int = 0, low: Tensor | None = None
@@ -66,14 +66,26 @@ def check_dtypes(segment: Segment) -> None:
         raise ConfigError(f"expected the copy of param in bfloat16 or float16, got {segment.low.dtype}")
 
 
-def check_arrays(segment: Segment) -> None:
-    """Raise ConfigError unless all arrays are contiguous, of one length and on one device."""
-    param, low = segment.param, segment.low
-    shape, device = param.shape, param.device
-    arrays = (param, segment.grad, *segment.state.values())
-    for array in arrays if low is None else (*arrays, low):
-        if array.shape != shape or not array.is_contiguous() or array.device != device or len(shape) != 1:
-            raise ConfigError(
-                f"expected flat contiguous arrays of {param.numel()} elements on {device}, got one of shape "
-                f"{tuple(array.shape)} and strides {array.stride()} on {array.device}; pass flat views of one length"
-            )
+def checked(arrays: Mapping[str, Tensor], low: Tensor | None) -> list[object]:
+    """What kernels are made for: the device of the arrays, the param first, and their dtypes and that of low.
+
+    Raises ConfigError unless all are contiguous, of one length and on one device.
+    """
+    param, *others = arrays.values() if low is None else (*arrays.values(), low)
+    numel, device, on_cpu = param.numel(), param.device, param.is_cpu
+    if not param.is_contiguous():
+        raise _misfit(param, param)
+    found = [device, param.dtype]
+    for array in others:
+        here = array.is_cpu if on_cpu else array.device == device  # to compare devices takes three times as long
+        if not here or array.numel() != numel or not array.is_contiguous():
+            raise _misfit(array, param)
+        found.append(array.dtype)
+    return found
+
+
+def _misfit(array: Tensor, param: Tensor) -> ConfigError:
+    return ConfigError(
+        f"expected contiguous arrays of {param.numel()} elements on {param.device}, got one of shape "
+        f"{tuple(array.shape)} and strides {array.stride()} on {array.device}; pass arrays of one length"
+    )

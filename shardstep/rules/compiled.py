@@ -6,7 +6,7 @@ phase, and never knows where the parts of a tensor lie.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from math import prod
@@ -20,13 +20,13 @@ from shardstep.errors import ConfigError
 from shardstep.rules import noise
 from shardstep.rules.backends import blocks, llvm, reference, rounding, triton
 from shardstep.rules.backends.evaluation import exactly
-from shardstep.rules.binding import Binding, PhaseKernel, check_arrays, check_dtypes, compute_dtype
+from shardstep.rules.binding import Binding, PhaseKernel, check_dtypes, checked, compute_dtype
 from shardstep.rules.ir import Phase, Phases, Program, State
 from shardstep.rules.language import Rule
 from shardstep.rules.locality import locality, needs_whole_tensors
 from shardstep.rules.lower import program_of
 from shardstep.rules.passes import compile_truths, cut, stages, used_arrays
-from shardstep.rules.scalars import Scalars, compile_scalars
+from shardstep.rules.scalars import Scalars, compile_scalars, uniform_values
 from shardstep.types import Batch, Segment
 
 Hypers = Mapping[str, object]
@@ -49,7 +49,7 @@ class _Pass:
     """For each reduction, which one, and the number of its value in the whole program."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Variant:
     """The kernels for one combination."""
 
@@ -63,7 +63,6 @@ class _Common:
     """What segments share that are updated alike. ``scalars`` fills up: those of each variant without sums."""
 
     hypers: dict[str, object]
-    truths: tuple[bool, ...]
     scalars: dict[int, tuple[float, ...]] = field(default_factory=dict)
 
 
@@ -109,6 +108,7 @@ class CompiledRule:
         self._programs: dict[_Form, Program] = {}
         self._phases: dict[_Form, Phases] = {}
         self._variants: dict[tuple[Any, ...], _Variant] = {}
+        self._checks: dict[tuple[bool, ...], Scalars] = {}
 
     def states(self, hypers: Hypers) -> tuple[State, ...]:
         """The states that are there with these flags, in order; the others are neither read nor written."""
@@ -122,17 +122,58 @@ class CompiledRule:
         says, RuleError if a per-step scalar has no value.
         """
         if self.needs_whole_tensors:
+            self.check(batch.updated, groups)
             for segment in batch.segments:
                 self._update_whole(segment, groups[segment.group])
             return
+        if self.locality == "elementwise":
+            self._update_elements(batch.segments, groups)
+            return
         jobs = self._jobs(batch.segments, groups)
-        if self.locality == "reduced":
-            self._make_sums(batch, jobs, groups)
+        self._make_sums(batch, jobs, groups)
         together: dict[int, tuple[_Variant, list[llvm.Row]]] = {}
         for job in _with_one_key(jobs):
             together.setdefault(id(job.variant), (job.variant, []))[1].append(job.row())
         for variant, rows in together.values():
             _run(variant.passes[-1].kernel, rows)
+
+    def check(self, updated: Iterable[tuple[int, int]], groups: Sequence[Hypers]) -> None:
+        """Raise RuleError if a per-step scalar has no value in the update of a (group, step)."""
+        for group, step in dict.fromkeys(updated):
+            hypers = {**groups[group], "step": step, "grad_scale": 1.0, noise.KEY: (0.0,) * noise.PIECES}
+            truths = self._truths(hypers)
+            if truths not in self._checks:
+                program = self._program_for(hypers, torch.float32)
+                self._checks[truths] = compile_scalars(program, uniform_values(program))
+            self._checks[truths](hypers, {})
+
+    def _update_elements(self, segments: Sequence[Segment], groups: Sequence[Hypers]) -> None:
+        """Rules over single elements: one phase and no sums, so this is the short way, for many small tensors."""
+        alike: dict[object, tuple[tuple[float, ...], list[llvm.Row]]] = {}
+        together: dict[_Variant, list[llvm.Row]] = {}
+        for whole in segments:
+            for segment in (whole,) if whole.seed is None else noise.between_turns(whole):
+                arrays, seed, low = _arrays(segment), segment.seed, segment.low
+                turn = 0 if seed is None else segment.offset // noise.TURN
+                kind = (seed is None, *arrays, *checked(arrays, low))
+                key = (segment.group, segment.step, segment.grad_scale, seed, turn, kind)
+                found = alike.get(key)
+                if found is None:
+                    hypers = _hypers(segment, groups[segment.group])
+                    variant = self._variant(segment, kind, hypers)
+                    scalars = variant.passes[-1].scalars(hypers, {})
+                    found = alike[key] = scalars, together.setdefault(variant, [])
+                found[1].append(llvm.Row(arrays, found[0], segment.offset, low))
+        for variant, rows in together.items():
+            _run(variant.passes[-1].kernel, rows)
+
+    def _variant(self, segment: Segment, kind: tuple[object, ...], hypers: Hypers) -> _Variant:
+        """``kind``: all that kernels depend on but the truths."""
+        key = (self._truths(hypers), kind)
+        variant = self._variants.get(key)
+        if variant is None:
+            variant = self._variants[key] = self._compile(segment, hypers)
+        return variant
 
     def _update_whole(self, segment: Segment, group: Hypers) -> None:
         """One whole tensor, on the reference back end."""
@@ -177,26 +218,16 @@ class CompiledRule:
         found: dict[tuple[object, ...], _Common] = {}
         jobs = []
         for segment in segments:
-            check_arrays(segment)
+            arrays = _arrays(segment)
+            kind = (segment.seed is None, *arrays, *checked(arrays, segment.low))
             turn = 0 if segment.seed is None else segment.offset // noise.TURN
             alike = (segment.group, segment.step, segment.grad_scale, segment.seed, turn)
             common = found.get(alike)
             if common is None:
-                hypers = _hypers(segment, groups[segment.group])
-                common = found[alike] = _Common(hypers, self._truths(hypers))
-            variant = self._variant(segment, common)
+                common = found[alike] = _Common(_hypers(segment, groups[segment.group]))
+            variant = self._variant(segment, kind, common.hypers)
             jobs.append(_Job(segment, variant, common, {n: _counted(segment, what) for n, what in variant.counts}))
         return jobs
-
-    def _variant(self, segment: Segment, common: _Common) -> _Variant:
-        param, low, seeded = segment.param, segment.low, segment.seed is not None
-        states = tuple([(name, values.dtype) for name, values in segment.state.items()])
-        narrow = None if low is None else low.dtype
-        key = (common.truths, param.dtype, segment.grad.dtype, states, narrow, seeded, param.device.type)
-        variant = self._variants.get(key)
-        if variant is None:
-            variant = self._variants[key] = self._compile(segment, common.hypers)
-        return variant
 
     def _compile(self, segment: Segment, hypers: Hypers) -> _Variant:
         check_dtypes(segment)
@@ -228,7 +259,7 @@ def _with_one_key(jobs: list[_Job]) -> Iterator[_Job]:
     """The jobs, cut where the key of the noise changes."""
     for job in jobs:
         seed = job.segment.seed
-        if seed is None or not noise.has_turn(job.segment):
+        if seed is None:
             yield job
             continue
         for part in noise.between_turns(job.segment):

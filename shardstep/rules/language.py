@@ -33,6 +33,9 @@ _PUT_IN: Final = frozenset({"grad_scale", "rounding_key"})
 RESERVED: Final = _PUT_IN | {"step"}
 """Names with a meaning of their own; ``step`` is the count of updates from 1."""
 
+_OF_GROUPS: Final = frozenset({"params", "param_names"})
+"""What torch keeps in a parameter group beside the hyper-parameters."""
+
 _LARGEST: Final = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float32": 3.4028234663852886e38}
 _SMALLEST: Final = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-149}
 _SHAPES: Final = ("element", "row", "column", "tensor")
@@ -202,6 +205,9 @@ def _defaults(
 ) -> dict[str, float | tuple[float, ...] | None]:
     defaults: dict[str, float | tuple[float, ...] | None] = {}
     for scalar in scalars:
+        if scalar.name in _OF_GROUPS:
+            text = f"expected a hyper-parameter, got {scalar.name!r}, where a parameter group keeps its parameters"
+            _refuse(function, scalar.name, "E28", text, "give it another name")
         if scalar.name != "step":
             defaults[scalar.name] = None if scalar.default is scalar.empty else _default(function, scalar)
         elif scalar.default is not scalar.empty:

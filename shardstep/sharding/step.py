@@ -70,6 +70,8 @@ class Step:
         self._agree()
         if not self._gradients.leaves:
             return
+        keys_of_each = [self._keys(space, groups) for space in self._spaces]
+        self._optimizer.check_update([key for keys in keys_of_each for key in keys if key is not None])
         self._gradients.check_complete_subtrees()
         self._gradients.finish()
         for space in self._spaces:
@@ -77,9 +79,8 @@ class Step:
         scale = self._scale()
         publishing: list[Pending] = []
         coming = self._gradient(self._spaces[0])
-        for space, following in zip(self._spaces, [*self._spaces[1:], None], strict=True):
+        for space, following, keys in zip(self._spaces, [*self._spaces[1:], None], keys_of_each, strict=True):
             gradient, coming = coming, self._gradient(following) if following else coming
-            keys = self._count_steps(space, groups)
             runs = _tensors(space, keys) if per_tensor else _neighbours(space, keys)
             values = gradient.wait()
             segments = [self._segment(space, values, run, scale) for run in runs]
@@ -87,6 +88,8 @@ class Step:
             if self._trace is not None:
                 self._trace.remember(segments)
             yield Batch(segments, updated, Combination(space, keys, self._group, self._gradients.step))
+            for index in space.touched:
+                space.steps[index] += 1
             if self._trace is not None:
                 self._trace.look(space, segments)
             if gradient.taken:
@@ -190,12 +193,11 @@ class Step:
         label = f"gather of the gradients of {space.where} in step {self._gradients.step}"
         return _Gradient(flat, self._group.all_gather(flat, total, tag=2 * space.tag + 1, label=label), taken)
 
-    def _count_steps(self, space: Space, groups: dict[int, int]) -> list[Key]:
-        """Count the update of each touched parameter, and say what its hyper-parameters and step are."""
+    def _keys(self, space: Space, groups: dict[int, int]) -> list[Key]:
+        """The group of each touched parameter, and its count of steps with this update."""
         keys: list[Key] = [None] * len(space.parameters)
         for index in space.touched:
-            space.steps[index] += 1
-            keys[index] = (groups[id(space.parameters[index])], space.steps[index])
+            keys[index] = (groups[id(space.parameters[index])], space.steps[index] + 1)
         return keys
 
     def _segment(self, space: Space, gradient: Tensor, run: "_Run", scale: float) -> Segment:

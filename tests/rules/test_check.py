@@ -17,7 +17,7 @@ import shardstep
 from shardstep.errors import RuleError, ShardstepError
 from shardstep.optim.adam import adam
 from shardstep.rules.check import check, to_text
-from shardstep.rules.diagnostics import CODES, RuleErrors
+from shardstep.rules.diagnostics import RuleErrors
 from shardstep.rules.language import Rule, inline, rule, state, zeros
 from shardstep.rules.lower import program_of
 from shardstep.rules.parse import parse
@@ -58,7 +58,9 @@ def test_each_mistake_is_told_once_with_its_code_and_place(function):
 def test_every_code_has_a_rule_with_that_mistake():
     lines = inspect.getsource(mistakes)
     shown = set(re.findall(r"(?:# |\| )(E\d\d): ", lines))
-    assert set(CODES) - shown == {"E00"}  # in test_parse
+    rooms = Path(shardstep.__file__).with_name("rules").rglob("*.py")
+    told = {code for room in rooms for code in re.findall(r'"(E\d\d)"', room.read_text())}
+    assert told - shown == {"E00"}  # in test_parse
 
 
 def test_the_text_is_code_place_sentence_fix_line_and_carets():
@@ -216,7 +218,7 @@ def compiles_or_tells(found):
     except RuleErrors as error:
         told = error.diagnostics
         assert told, "an error without a mistake"
-    assert all(d.code in CODES and d.message and d.hint for d in told)
+    assert all(re.fullmatch(r"E\d\d", d.code) and d.message and d.hint for d in told)
 
 
 @settings(max_examples=100)

@@ -15,7 +15,7 @@ from shardstep.rules.backends import blocks, llvm, reference, rounding
 from shardstep.rules.backends.evaluation import exactly
 from shardstep.rules.binding import Binding
 from shardstep.rules.ir import Phase, parse_text
-from shardstep.rules.passes import compile_phases, truths
+from shardstep.rules.passes import compile_phases, compile_truths
 from shardstep.rules.passes.gradient import scale_gradient
 from shardstep.rules.scalars import compile_scalars
 from shardstep.types import Batch, Segment
@@ -72,7 +72,7 @@ def test_phases_give_the_bits_of_the_program(program, compute, grad, low_dtype, 
         want = reference.run_whole(scale_gradient(program), arrays, HYPERS, compute=compute, offset=OFFSET)
     except RuleError:
         reject()  # a per-step scalar has no value
-    phases = compile_phases(program, truths(program, HYPERS), compute)
+    phases = compile_phases(program, compile_truths(program)(HYPERS), compute)
     for make in BACK_ENDS.values():
         got, low = {name: array.clone() for name, array in arrays.items()}, torch.empty(NUMEL, dtype=low_dtype)
         binding = Binding(compute, tuple((name, array.dtype) for name, array in arrays.items()), low_dtype)

@@ -60,15 +60,17 @@ class _Kernel:
         self, arrays: Mapping[str, Tensor], scalars: Sequence[float], *, offset: int = 0, low: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         numel = next(iter(arrays.values())).numel()
+        flat = {name: array.view(-1) for name, array in arrays.items()}
+        flat_low = None if low is None else low.view(-1)
         parts: dict[int, list[Array]] = {number: [] for number in self._sums}
         with exactly():
             shared = self._shared(scalars)
             for start, stop in _tiles(offset, numel):
-                tile = {name: array[start:stop] for name, array in arrays.items()}
+                tile = {name: array[start:stop] for name, array in flat.items()}
                 values = self._run(tile, shared, offset + start)
                 for number, found in parts.items():
                     found.append(values[number])
-                self._store(values, tile, None if low is None else low[start:stop])
+                self._store(values, tile, None if flat_low is None else flat_low[start:stop])
         return tuple(torch.from_numpy(np.concatenate([np.empty(0), *found])) for found in parts.values())
 
     def _shared(self, scalars: Sequence[float]) -> dict[int, Array]:

@@ -8,6 +8,7 @@ with NaN are false, but for `ne`. Words wrap around. Which NaN a NaN is, is not 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 Kind = Literal["real", "bool", "word"]
@@ -100,7 +101,8 @@ def join(shapes: Sequence[Shape]) -> Shape | None:
     return "element" if found <= {"row", "column", "element"} else None
 
 
-def result_type(operation: str, arguments: Sequence[Type]) -> Type | None:
+@cache  # there are few types, and every pass and every verification asks again
+def result_type(operation: str, arguments: tuple[Type, ...]) -> Type | None:
     """The type that ``operation`` gives; None if it cannot take ``arguments``. Not for ``const`` and ``load``."""
     signature = OPERATIONS[operation]
     if tuple(argument.kind for argument in arguments) != signature.takes:

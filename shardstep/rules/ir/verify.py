@@ -24,13 +24,13 @@ def _fault(program: Program, index: int, line: Instruction) -> str | None:
     operation = OPERATIONS.get(line.operation)
     if operation is None:
         return "no such operation"
-    if any(not 0 <= argument < index for argument in line.arguments):
+    if line.arguments and not 0 <= min(line.arguments) <= max(line.arguments) < index:
         return f"its arguments {line.arguments} must be numbers of earlier instructions"
     if line.operation in ("const", "load", "hyper"):
         return _fault_of_source(program, line)
     if len(line.attributes) != operation.attributes:
         return f"expected {operation.attributes} attributes, got {line.attributes}"
-    types = [program.instructions[argument].type for argument in line.arguments]
+    types = tuple([program.instructions[argument].type for argument in line.arguments])
     expected = result_type(line.operation, types)
     if expected is None:
         return f"it cannot take ({', '.join(map(str, types))})"

@@ -8,7 +8,7 @@ the verifier between; `split` comes last and makes phases. Nothing here knows a 
 
 from shardstep.rules.passes.dead import drop_dead
 from shardstep.rules.passes.pipeline import compile_phases, cut, stages
-from shardstep.rules.passes.specialise import compile_truths, conditions, specialise, truths, used_arrays
+from shardstep.rules.passes.specialise import compile_truths, conditions, specialise, used_arrays
 
 __all__ = [
     "compile_phases",
@@ -18,6 +18,5 @@ __all__ = [
     "drop_dead",
     "specialise",
     "stages",
-    "truths",
     "used_arrays",
 ]

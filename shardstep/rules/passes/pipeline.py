@@ -33,7 +33,7 @@ _SIMPLIFYING: tuple[tuple[str, Pass], ...] = (
 
 
 def compile_phases(program: Program, truths: Sequence[bool], compute: torch.dtype) -> Phases:
-    """The phases of ``program`` for these `truths` of its conditions, in this compute dtype.
+    """The phases of ``program`` for these truths of its conditions, in this compute dtype.
 
     The gradient's scale is put in: the phases' scalars need a hyper-parameter ``grad_scale``.
     """
@@ -58,7 +58,7 @@ def stages(
     found = [("ir", verify(program))]
 
     def run(name: str, change: Pass) -> None:
-        found.append((name, verify(change(found[-1][1]), name)))
+        found.append((name, _changed(found[-1][1], name, change)))
 
     run("gradient", scale_gradient)
     if rounded is not None:
@@ -78,8 +78,14 @@ def _round(program: Program) -> list[tuple[str, Program]]:
     """The simplifying passes that still change something, and what they give."""
     changed: list[tuple[str, Program]] = []
     for name, change in _SIMPLIFYING:
-        after = verify(change(program), name)
+        after = _changed(program, name, change)
         if after != program:
             changed.append((name, after))
         program = after
     return changed
+
+
+def _changed(program: Program, name: str, change: Pass) -> Program:
+    """The program after the pass. One that the pass gives back as it was has been verified."""
+    after = change(program)
+    return after if after is program else verify(after, name)

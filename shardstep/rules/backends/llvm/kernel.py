@@ -104,11 +104,9 @@ class LlvmKernel:
         self, arrays: Mapping[str, Tensor], scalars: Sequence[float], *, offset: int = 0, low: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """Run it in place on one tensor; see `PhaseKernel`."""
-        if self._reductions or arrays[self._names[0]].numel() > WORTH_THREADS:
+        if self._reductions or (count := arrays[self._names[0]].numel()) > WORTH_THREADS:
             return self.many([Row(arrays, scalars, offset, low)])[0]
-        tensors = [arrays[name] for name in self._names]
-        count = tensors[0].numel()
-        self._run(self._pack(*map(_address, tensors), self._address_of_low(low), count, offset, *scalars), 1)
+        self._run(self._pack(*self._addresses(arrays, low), count, offset, *scalars), 1)
         return ()
 
     def many(self, rows: Sequence[Row]) -> list[tuple[Tensor, ...]]:
@@ -127,13 +125,13 @@ class LlvmKernel:
         """Tables of about ``length`` elements each: long rows are cut, short ones go together."""
         calls, packed, size = list[Call](), list[bytes](), 0
         for row, count, room in zip(rows, counts, rooms, strict=True):
-            addresses = self._addresses(row, room)
+            addresses, partials = self._addresses(row.arrays, row.low), [*map(_address, room)]
             if size + count <= length - BLOCK:  # the usual case of many small ones
-                packed.append(self._piece(row, addresses, 0, count))
+                packed.append(self._pack(*addresses, count, row.offset, *partials, *row.scalars))
                 size += count
                 continue
             for begin, end in cuts(count, row.offset, length):
-                packed.append(self._piece(row, addresses, begin, end))
+                packed.append(self._piece(row, addresses, partials, begin, end))
                 size += end - begin
                 if size > length - BLOCK:
                     calls.append((b"".join(packed), len(packed)))
@@ -148,23 +146,23 @@ class LlvmKernel:
             return []
         return list(torch.empty(self._reductions, blocks_touched(count, offset), dtype=torch.float64))
 
-    def _addresses(self, row: Row, room: list[Tensor]) -> list[int]:
-        arrays = row.arrays
+    def _addresses(self, arrays: Mapping[str, Tensor], low: Tensor | None) -> list[int]:
+        """Of the arrays, and of low, or 0."""
         found = [arrays[name].data_ptr() for name in self._names]
-        return [*found, self._address_of_low(row.low), *map(_address, room)]
+        if self._writes_low if low is None else self._low is None:
+            raise self._misfit(low)
+        found.append(0 if low is None else low.data_ptr())
+        return found
 
-    def _piece(self, row: Row, addresses: list[int], begin: int, end: int) -> bytes:
+    def _piece(self, row: Row, addresses: list[int], partials: list[int], begin: int, end: int) -> bytes:
         """Elements ``begin`` to ``end`` of a row, as a row of their own."""
-        position, split = row.offset + begin, len(self._sizes)
-        if begin:
-            block = position // BLOCK - row.offset // BLOCK
-            moved = [address + begin * size for address, size in zip(addresses, self._sizes, strict=False)]
-            addresses = moved + [address + 8 * block for address in addresses[split:]]
-        return self._pack(*addresses[:split], end - begin, position, *addresses[split:], *row.scalars)
+        position = row.offset + begin
+        block = position // BLOCK - row.offset // BLOCK
+        moved = [address + begin * size for address, size in zip(addresses, self._sizes, strict=True)]
+        sums = [address + 8 * block for address in partials]
+        return self._pack(*moved, end - begin, position, *sums, *row.scalars)
 
-    def _address_of_low(self, low: Tensor | None) -> int:
-        if self._writes_low and low is None:
-            raise ConfigError(f"expected a tensor for the {self._low} copy of the new param, got none; pass low=")
-        if self._low is None and low is not None:
-            raise ConfigError(f"expected no low copy, got one of {low.dtype}; bind the phase with that dtype as low")
-        return low.data_ptr() if low is not None else 0
+    def _misfit(self, low: Tensor | None) -> ConfigError:
+        if low is None:
+            return ConfigError(f"expected a tensor for the {self._low} copy of the new param, got none; pass low=")
+        return ConfigError(f"expected no low copy, got one of {low.dtype}; bind the phase with that dtype as low")

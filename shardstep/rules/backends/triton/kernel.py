@@ -67,11 +67,11 @@ class _TritonKernel:
     def __call__(
         self, arrays: Mapping[str, Tensor], scalars: Sequence[float], *, offset: int = 0, low: Tensor | None = None
     ) -> tuple[Tensor, ...]:
-        tensors = [arrays[name] for name in self._arrays]
+        tensors = [arrays[name].view(-1) for name in self._arrays]
         if self._low:
             if low is None:
                 raise ConfigError(f"expected a tensor low in {self._binding.low} beside param, got none; pass one")
-            tensors.append(low)
+            tensors.append(low.view(-1))
         numbers = torch.tensor(scalars, dtype=torch.float64).to(self._binding.compute).tolist()
         like = next(iter(arrays.values()))  # a phase may use none but the index
         n = like.numel()
