@@ -80,3 +80,6 @@ class FlatSource(Protocol):
 
         A parameter left out starts anew.
         """
+
+    def write_parameters(self, values: Mapping[nn.Parameter, Tensor]) -> None:
+        """Replace parameters by ``values``, whole and in their shapes; every rank must call it with the same."""

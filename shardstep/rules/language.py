@@ -89,6 +89,10 @@ class Inline:
     name: str
     function: types.FunctionType
 
+    def __call__(self, *values: Any) -> Any:
+        """Its text is compiled with the rule that calls it; called outside of one, it says so."""
+        raise RuleError(f"expected {self.name}() inside a function under @rule or @inline; got a call by Python")
+
     @property
     def place(self) -> str:
         """``file:line`` of the definition."""

@@ -6,6 +6,7 @@ the optimizer stay the objects that they were.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from shardstep.sharding.agreement import Agreement
 from shardstep.sharding.attached import Attached
 from shardstep.sharding.batches import BatchPlan, Collate, MapDataset, MicroBatch, micro_batches
 from shardstep.sharding.buffers import Buffers
+from shardstep.sharding.clip import clip_coefficient
 from shardstep.sharding.formula import Formula, SpaceSize
 from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.hooks import Hooks
@@ -147,7 +149,9 @@ def shard(
     schedule_ = checked_schedule(schedule, {plan.name: plan.stage for plan in plans})
     ranks = Group(group)
     buffers = Buffers(model, ranks)
-    _check_equal_on_all_ranks(_described(plans, buffers, schedule_, clip_norm, trace_nonfinite), ranks)
+    _check_equal_on_all_ranks(
+        _described(plans, buffers, schedule_, clip_norm, optimizer.clip is not None, trace_nonfinite), ranks
+    )
 
     ledger = Ledger(device)
     buffers.follow_rank_0()
@@ -159,7 +163,8 @@ def shard(
     agreement = Agreement(ranks, flags)
     gradients = Gradients(trained, ranks, ledger, schedule_, agreement)
     trace = NonFiniteTrace(optimizer, ranks) if trace_nonfinite else None
-    step = Step(optimizer, trained, gradients, agreement, buffers, clip_norm, trace, ranks, ledger)
+    clip = optimizer.clip if clip_norm is None else partial(clip_coefficient, clip_norm=clip_norm)
+    step = Step(optimizer, trained, gradients, agreement, buffers, clip, trace, ranks, ledger)
     Hooks(built, gradients, agreement, Attached(model, built), prefetch, precision.params if precision else None)
     whole = Whole(model, built, gradients, agreement, ranks)
     for module in model.modules():
@@ -205,6 +210,11 @@ def _check_arguments(
         raise ConfigError(f"expected precision to be a shardstep.Precision or None, got {precision!r}")
     if clip_norm is not None and not (isinstance(clip_norm, int | float) and clip_norm > 0):
         raise ConfigError(f"expected clip_norm to be a positive number or None, got {clip_norm!r}")
+    if clip_norm is not None and optimizer.clip is not None:
+        raise ConfigError(
+            f"expected one clipping by the global norm, got clip_norm={clip_norm!r} and an optimizer that clips by it "
+            f"too; leave one out"
+        )
     if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
         raise ConfigError(f"expected prefetch to be 0 or a positive number of units, got {prefetch!r}")
 
@@ -243,7 +253,12 @@ def _check_ownership(model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def _described(
-    plans: list[UnitPlan], buffers: Buffers, schedule: str, clip_norm: float | None, trace_nonfinite: bool
+    plans: list[UnitPlan],
+    buffers: Buffers,
+    schedule: str,
+    clip_norm: float | None,
+    clips: bool,
+    trace_nonfinite: bool,
 ) -> dict[str, str | float | None]:
     """What must be the same everywhere, by the name that a message gives it."""
     return {
@@ -253,6 +268,7 @@ def _described(
         "precision": ", ".join(sorted({str(space.precision) for plan in plans for space in plan.spaces})),
         "schedule": schedule,
         "clip_norm": clip_norm,
+        "clipping by the optimizer": clips,
         "trace_nonfinite": trace_nonfinite,
     }
 
