@@ -26,6 +26,7 @@ from shardstep.sharding.formula import Formula, SpaceSize
 from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.hooks import Hooks
 from shardstep.sharding.memory import Bytes, Ledger
+from shardstep.sharding.modules import check_built, named_modules, seeds
 from shardstep.sharding.nonfinite import NonFiniteTrace
 from shardstep.sharding.space import Space
 from shardstep.sharding.step import Step
@@ -47,8 +48,16 @@ class Sharded:
     """The handle of a sharded model and its optimizer."""
 
     def __init__(
-        self, units: list[Unit], group: Group, ledger: Ledger, gradients: Gradients, step: Step, formula: Formula
+        self,
+        units: list[Unit],
+        group: Group,
+        ledger: Ledger,
+        gradients: Gradients,
+        step: Step,
+        formula: Formula,
+        seeds: list[nn.Parameter],
     ) -> None:
+        self._seeds = seeds
         self._units, self._group, self._ledger = units, group, ledger
         self._gradients, self._step, self._formula = gradients, step, formula
 
@@ -112,7 +121,9 @@ class Sharded:
         generators are seeded for each (seed, step, micro-batch), so nothing depends on the world size.
         """
         plan = BatchPlan(len(dataset), global_batch, micro_batch, seed, self.rank, self.world_size, self.schedule)
-        return micro_batches(dataset, plan, plan.steps(epochs, start_step), collate, self._gradients.expect)
+        return micro_batches(
+            dataset, plan, plan.steps(epochs, start_step), collate, self._gradients.expect, self._seeds
+        )
 
 
 def shard(
@@ -167,13 +178,13 @@ def shard(
     step = Step(optimizer, trained, gradients, agreement, buffers, clip, trace, ranks, ledger)
     Hooks(built, gradients, agreement, Attached(model, built), prefetch, precision.params if precision else None)
     whole = Whole(model, built, gradients, agreement, ranks)
-    for module in model.modules():
+    for _, module in named_modules(model):
         setattr(module, ATTRIBUTE, whole)
     optimizer.attach(step)
     sizes = [[SpaceSize(s.layout, s.precision, s.trained, s.stage) for s in unit.spaces] for unit in built]
     states = tuple(stored_dtype(declared) for declared in optimizer.flat_states)
     formula = Formula(sizes, ranks.size, 1, prefetch, states, schedule_, ranks.rank)
-    return Sharded(built, ranks, ledger, gradients, step, formula)
+    return Sharded(built, ranks, ledger, gradients, step, formula, seeds(model))
 
 
 def _build(plans: list[UnitPlan], group: Group, ledger: Ledger) -> list[Unit]:
@@ -199,13 +210,14 @@ def _check_arguments(
         )
     if getattr(model, ATTRIBUTE, None) is not None:
         raise ConfigError("expected a model that is not sharded yet, but shard() was already called on this one")
-    if any(getattr(module, ATTRIBUTE, None) is not None for module in model.modules()):
+    if any(getattr(module, ATTRIBUTE, None) is not None for _, module in named_modules(model)):
         raise ConfigError("expected a model that is not sharded yet, but shard() was already called on a part of it")
     _ = optimizer.flat_states  # raises for a rule that needs whole tensors
     if optimizer.attached:
         raise ConfigError("expected an optimizer that is not sharded yet, got one that is; make one for this model")
     if not any(True for _ in model.parameters()):
         raise ConfigError(f"expected a model with parameters, but {type(model).__name__} has none; nothing to shard")
+    check_built(model)
     if precision is not None and not isinstance(precision, Precision):
         raise ConfigError(f"expected precision to be a shardstep.Precision or None, got {precision!r}")
     if clip_norm is not None and not (isinstance(clip_norm, int | float) and clip_norm > 0):
