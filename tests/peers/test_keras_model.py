@@ -1,8 +1,11 @@
 """Keras models on torch train sharded in a plain loop: same bits on every layout, and what the unsharded loop gives."""
 
 import itertools
+import json
 import os
+import runpy
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,3 +111,12 @@ def test_two_clippings_by_the_global_norm_are_refused():
     model = build("sequential")
     with pytest.raises(ss.ConfigError, match="expected one clipping by the global norm"):
         ss.shard(model, trained_by(model, "Adam", global_clipnorm=1.0), clip_norm=1.0)
+
+
+def test_the_example_runs(capsys):
+    keras.utils.clear_session(free_memory=False)
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "train_keras.py"))
+    example["main"](stage=3, steps=3, width=8, blocks=2)
+    *steps, summary = capsys.readouterr().out.splitlines()
+    assert len(steps) == 3
+    assert list(json.loads(summary)["stages"]) == ["", "sequential", "sequential_1"]
