@@ -11,6 +11,7 @@ This room never hears of ranks: an optimizer works alone on one device, or is ha
 from torch.optim import LBFGS, SparseAdam, lr_scheduler, swa_utils, swap_in_optimizer_params_and_state
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from shardstep.optim import keras
 from shardstep.optim.adabelief import AdaBelief
 from shardstep.optim.adadelta import Adadelta
 from shardstep.optim.adagrad import Adagrad
@@ -50,6 +51,7 @@ __all__ = [
     "RMSprop",
     "Rprop",
     "SparseAdam",
+    "keras",
     "lr_scheduler",
     "register_optimizer_step_post_hook",
     "register_optimizer_step_pre_hook",

@@ -171,6 +171,14 @@ class Optimizer(torch.optim.Optimizer):
     # - the seam to sharding
 
     @property
+    def clip(self) -> Callable[[float], float] | None:
+        """What all gradients are to be multiplied by, given the 2-norm over all of them; None: it asks for no norm.
+
+        A source asks; an optimizer that works alone clips in its own :meth:`step`.
+        """
+        return None
+
+    @property
     def attached(self) -> bool:
         """Whether a source holds the state."""
         return self._source is not None

@@ -6,6 +6,7 @@ the optimizer stay the objects that they were.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -21,10 +22,12 @@ from shardstep.sharding.agreement import Agreement
 from shardstep.sharding.attached import Attached
 from shardstep.sharding.batches import BatchPlan, Collate, MapDataset, MicroBatch, micro_batches
 from shardstep.sharding.buffers import Buffers
+from shardstep.sharding.clip import clip_coefficient
 from shardstep.sharding.formula import Formula, SpaceSize
 from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.hooks import Hooks
 from shardstep.sharding.memory import Bytes, Ledger
+from shardstep.sharding.modules import check_built, named_modules, seeds
 from shardstep.sharding.nonfinite import NonFiniteTrace
 from shardstep.sharding.space import Space
 from shardstep.sharding.step import Step
@@ -54,7 +57,9 @@ class Sharded:
         gradients: Gradients,
         step: Step,
         formula: Callable[[int], Formula],
+        seeds: list[nn.Parameter],
     ) -> None:
+        self._seeds = seeds
         self._units, self._group, self._ledger = units, group, ledger
         self._gradients, self._step, self._formula = gradients, step, formula
 
@@ -119,7 +124,9 @@ class Sharded:
         generators are seeded for each (seed, step, micro-batch), so nothing depends on the world size.
         """
         plan = BatchPlan(len(dataset), global_batch, micro_batch, seed, self.rank, self.world_size, self.schedule)
-        return micro_batches(dataset, plan, plan.steps(epochs, start_step), collate, self._gradients.expect)
+        return micro_batches(
+            dataset, plan, plan.steps(epochs, start_step), collate, self._gradients.expect, self._seeds
+        )
 
 
 def shard(
@@ -156,7 +163,9 @@ def shard(
     schedule_ = checked_schedule(schedule, {plan.name: plan.stage for plan in plans})
     ranks = Group(group)
     buffers = Buffers(model, ranks)
-    _check_equal_on_all_ranks(_described(plans, buffers, schedule_, clip_norm, trace_nonfinite), ranks)
+    _check_equal_on_all_ranks(
+        _described(plans, buffers, schedule_, clip_norm, optimizer.clip is not None, trace_nonfinite), ranks
+    )
 
     ledger = Ledger(device)
     buffers.follow_rank_0()
@@ -168,12 +177,13 @@ def shard(
     agreement = Agreement(ranks, flags)
     gradients = Gradients(trained, ranks, ledger, schedule_, agreement)
     trace = NonFiniteTrace(optimizer, ranks) if trace_nonfinite else None
+    clip = optimizer.clip if clip_norm is None else partial(clip_coefficient, clip_norm=clip_norm)
     input_dtype = precision.params if precision else None
     hooks = Hooks(built, gradients, agreement, Attached(model, built), prefetch, input_dtype)
     unfreezing = Unfreezing(built, gradients, agreement, hooks, ranks)
-    step = Step(optimizer, trained, gradients, agreement, buffers, clip_norm, trace, unfreezing, ranks, ledger)
+    step = Step(optimizer, trained, gradients, agreement, buffers, clip, trace, unfreezing, ranks, ledger)
     whole = Whole(model, built, gradients, agreement, ranks)
-    for module in model.modules():
+    for _, module in named_modules(model):
         setattr(module, ATTRIBUTE, whole)
     optimizer.attach(step)
 
@@ -182,7 +192,7 @@ def shard(
         states = tuple(stored_dtype(declared) for declared in optimizer.flat_states)
         return Formula(sizes, ranks.size, own_leaves, prefetch, states, schedule_, ranks.rank)
 
-    return Sharded(built, ranks, ledger, gradients, step, formula)
+    return Sharded(built, ranks, ledger, gradients, step, formula, seeds(model))
 
 
 def _build(plans: list[UnitPlan], group: Group, ledger: Ledger) -> list[Unit]:
@@ -205,17 +215,23 @@ def _check_arguments(
         raise ConfigError(refusal(optimizer))
     if getattr(model, ATTRIBUTE, None) is not None:
         raise ConfigError("expected a model that is not sharded yet, but shard() was already called on this one")
-    if any(getattr(module, ATTRIBUTE, None) is not None for module in model.modules()):
+    if any(getattr(module, ATTRIBUTE, None) is not None for _, module in named_modules(model)):
         raise ConfigError("expected a model that is not sharded yet, but shard() was already called on a part of it")
     _ = optimizer.flat_states  # raises for a rule that needs whole tensors
     if optimizer.attached:
         raise ConfigError("expected an optimizer that is not sharded yet, got one that is; make one for this model")
     if not any(True for _ in model.parameters()):
         raise ConfigError(f"expected a model with parameters, but {type(model).__name__} has none; nothing to shard")
+    check_built(model)
     if precision is not None and not isinstance(precision, Precision):
         raise ConfigError(f"expected precision to be a shardstep.Precision or None, got {precision!r}")
     if clip_norm is not None and not (isinstance(clip_norm, int | float) and clip_norm > 0):
         raise ConfigError(f"expected clip_norm to be a positive number or None, got {clip_norm!r}")
+    if clip_norm is not None and optimizer.clip is not None:
+        raise ConfigError(
+            f"expected one clipping by the global norm, got clip_norm={clip_norm!r} and an optimizer that clips by it "
+            f"too; leave one out"
+        )
     if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
         raise ConfigError(f"expected prefetch to be 0 or a positive number of units, got {prefetch!r}")
 
@@ -254,7 +270,12 @@ def _check_ownership(model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def _described(
-    plans: list[UnitPlan], buffers: Buffers, schedule: str, clip_norm: float | None, trace_nonfinite: bool
+    plans: list[UnitPlan],
+    buffers: Buffers,
+    schedule: str,
+    clip_norm: float | None,
+    clips: bool,
+    trace_nonfinite: bool,
 ) -> dict[str, str | float | None]:
     """What must be the same everywhere, by the name that a message gives it."""
     return {
@@ -264,6 +285,7 @@ def _described(
         "precision": ", ".join(sorted({str(space.precision) for plan in plans for space in plan.spaces})),
         "schedule": schedule,
         "clip_norm": clip_norm,
+        "clipping by the optimizer": clips,
         "trace_nonfinite": trace_nonfinite,
     }
 

@@ -3,7 +3,7 @@
 `Step` is the optimizer's `FlatSource`: it never knows which rule runs, only where its numbers lie.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from shardstep.errors import SequenceError
 from shardstep.optim import Optimizer
 from shardstep.sharding.agreement import Act, Agreement
 from shardstep.sharding.buffers import Buffers
-from shardstep.sharding.clip import clip_coefficient, global_norm
+from shardstep.sharding.clip import global_norm
 from shardstep.sharding.combination import Combination, Key
 from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.memory import Ledger
@@ -48,16 +48,16 @@ class Step:
         gradients: Gradients,
         agreement: Agreement,
         buffers: Buffers,
-        clip_norm: float | None,
+        clip: Callable[[float], float] | None,
         trace: NonFiniteTrace | None,
         unfreezing: Unfreezing,
         group: Group,
         ledger: Ledger,
     ) -> None:
         self.grad_norm: float | None = None
-        """The norm of the last step's mean gradient, before clipping; None without ``clip_norm``."""
+        """The norm of the last step's mean gradient, before clipping; None when nothing clips."""
         self._optimizer, self._spaces, self._gradients = optimizer, spaces, gradients
-        self._agreement, self._buffers, self._clip_norm = agreement, buffers, clip_norm
+        self._agreement, self._buffers, self._clip = agreement, buffers, clip
         self._trace, self._unfreezing, self._group, self._ledger = trace, unfreezing, group, ledger
 
     # - FlatSource
@@ -135,6 +135,21 @@ class Step:
                 if any(space.steps):
                     space.state[declared.name].copy_(self._whole_from_rank_0(space, declared.name, state)[space.owned])
 
+    def write_parameters(self, values: Mapping[nn.Parameter, Tensor]) -> None:
+        """Replace parameters (and masters) by whole ``values``; every rank gives the same. Collective."""
+        self._check_not_held()
+        self._announce_reading()
+        for space in self._spaces:
+            whole = space.whole(space.master, "writing parameters")
+            for slot, parameter in zip(space.layout.slots, space.parameters, strict=True):
+                if parameter in values:
+                    whole[slot.offset : slot.end].view(slot.shape).copy_(values[parameter])
+            space.master.copy_(whole[space.owned])
+            space.values.copy_(space.master)
+            space.free()
+            if (published := space.publish("writing parameters")) is not None:
+                published.wait()
+
     def _whole_from_rank_0(self, space: Space, name: str, state: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> Tensor:
         flat = space.whole(space.state[name], f"state {name!r}").clone()
         for slot, parameter in zip(space.layout.slots, space.parameters, strict=True):
@@ -148,7 +163,7 @@ class Step:
     def _check_not_held(self) -> None:
         if any(space.held for space in self._spaces):
             raise SequenceError(
-                "expected optimizer.step() outside 'with shardstep.gathered(model):', got it inside: what the step "
+                "expected the optimizer to write outside 'with shardstep.gathered(model):', got it inside: what it "
                 "writes would be overwritten by the whole values at the end of the block"
             )
 
@@ -172,11 +187,11 @@ class Step:
     def _scale(self) -> float:
         """The one factor of this step's gradient sums: their mean, without the loss's scale, clipped."""
         leaves = self._gradients.leaves * self._group.size / self._gradients.unscaling
-        if self._clip_norm is None:
+        if self._clip is None:
             return 1.0 / leaves
         runs = [(space, space.tree.total().values) for space in self._spaces]
         self.grad_norm = global_norm(runs, self._group, self._gradients.step) / leaves
-        return clip_coefficient(self.grad_norm, self._clip_norm) / leaves
+        return self._clip(self.grad_norm) / leaves
 
     def _group_of_each(self) -> dict[int, int]:
         groups = enumerate(self._optimizer.param_groups)

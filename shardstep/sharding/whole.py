@@ -17,6 +17,7 @@ from shardstep.collectives import Group
 from shardstep.errors import ConfigError, RankMismatchError
 from shardstep.sharding.agreement import Act, Agreement
 from shardstep.sharding.gradients import Gradients
+from shardstep.sharding.modules import weights
 from shardstep.sharding.unit import Unit
 
 
@@ -138,7 +139,7 @@ def digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
 
 
 def _unsharded_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, str, Tensor]]:
-    for name, parameter in model.named_parameters():
+    for name, parameter in weights(model):
         state = optimizer.state.get(parameter, {})
         yield name, "param", parameter
         yield name, "step", torch.tensor(int(state.get("step", 0)))
