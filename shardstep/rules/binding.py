@@ -71,12 +71,10 @@ def checked(arrays: Mapping[str, Tensor], low: Tensor | None) -> list[object]:
 
     Raises ConfigError unless all are contiguous, of one length and on one device.
     """
-    param, *others = arrays.values() if low is None else (*arrays.values(), low)
+    param = arrays["param"]
     numel, device, on_cpu = param.numel(), param.device, param.is_cpu
-    if not param.is_contiguous():
-        raise _misfit(param, param)
-    found = [device, param.dtype]
-    for array in others:
+    found: list[object] = [device]
+    for array in arrays.values() if low is None else (*arrays.values(), low):
         here = array.is_cpu if on_cpu else array.device == device  # to compare devices takes three times as long
         if not here or array.numel() != numel or not array.is_contiguous():
             raise _misfit(array, param)

@@ -112,7 +112,9 @@ class LlvmKernel:
     def many(self, rows: Sequence[Row]) -> list[tuple[Tensor, ...]]:
         """Run it in place on many tensors, in one call or in a few by several threads; the partials of each row."""
         counts = [next(iter(row.arrays.values())).numel() for row in rows]  # a phase may use none but the index
-        rooms = [self._room(count, row.offset) for count, row in zip(counts, rows, strict=True)]
+        rooms: list[list[Tensor]] = [[]] * len(rows)
+        if self._reductions:
+            rooms = [self._room(count, row.offset) for count, row in zip(counts, rows, strict=True)]
         total, threads = sum(counts), torch.get_num_threads()
         if total <= WORTH_THREADS or threads == 1:
             threads, length = 1, total + BLOCK
@@ -142,8 +144,6 @@ class LlvmKernel:
 
     def _room(self, count: int, offset: int) -> list[Tensor]:
         """For the partials of a row."""
-        if not self._reductions:
-            return []
         return list(torch.empty(self._reductions, blocks_touched(count, offset), dtype=torch.float64))
 
     def _addresses(self, arrays: Mapping[str, Tensor], low: Tensor | None) -> list[int]:
