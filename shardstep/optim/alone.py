@@ -23,54 +23,56 @@ def batches_alone(
     groups: Sequence[Mapping[str, Any]], states: MutableMapping[Tensor, dict[str, Tensor]], rule: Rule
 ) -> Iterator[Batch]:
     """One batch of every parameter that has a gradient; what it needs of ``states`` starts here."""
-    updated, segments, converted = list[Tensor](), list[Segment](), list[tuple[Tensor, Tensor]]()
+    updated, segments, converted = list[dict[str, Tensor]](), list[Segment](), list[tuple[Tensor, Tensor]]()
     for index, group in enumerate(groups):
         for position, param in enumerate(group["params"]):
-            if param.grad is not None:
-                _check_gradient(param.grad, f"parameter group {index}, position {position}")
-                state = states[param] or _start(states[param], param, group, rule)
-                segments.append(_segment(param, state, index, converted))
-                updated.append(param)
-    keys = [(segment.group, segment.step) for segment in segments]
-    yield Batch(segments, keys, lambda sums, _: sums)
-    for param in updated:
-        states[param]["step"] += 1
+            grad = param.grad
+            if grad is None:
+                continue
+            if grad.layout is not torch.strided:
+                raise UnsupportedError(
+                    f"expected a dense gradient at parameter group {index}, position {position}, got {grad.layout}; "
+                    f"build the layer with sparse=False"
+                )
+            state = states[param]
+            if not state:
+                _start(state, param, group, rule)
+            segments.append(_segment(param, grad.detach(), state, index, converted))
+            updated.append(state)
+    yield Batch(segments, [(segment.group, segment.step) for segment in segments], lambda sums, _: sums)
+    for state in updated:
+        state["step"] += 1
     for param, master in converted:
         param.copy_(master)
-    increment_version(updated)  # autograd cannot see what a kernel writes
+    increment_version([segment.param for segment in segments])  # autograd cannot see what a kernel writes
 
 
-def _start(state: dict[str, Tensor], param: Tensor, group: Mapping[str, Any], rule: Rule) -> dict[str, Tensor]:
+def _start(state: dict[str, Tensor], param: Tensor, group: Mapping[str, Any], rule: Rule) -> None:
     """Begin the state of ``param``."""
     state["step"] = torch.zeros((), dtype=torch.float32)
     for declared in compile_rule(rule).states(group):
         state[declared.name] = start_of(declared, param)
-    return state
 
 
-def _check_gradient(grad: Tensor, where: str) -> None:
-    if grad.layout is not torch.strided:
-        raise UnsupportedError(
-            f"expected a dense gradient at {where}, got {grad.layout}; build the layer with sparse=False"
-        )
-
-
-def _segment(param: Tensor, state: Mapping[str, Tensor], group: int, converted: list[tuple[Tensor, Tensor]]) -> Segment:
+def _segment(
+    param: Tensor, grad: Tensor, state: Mapping[str, Tensor], group: int, converted: list[tuple[Tensor, Tensor]]
+) -> Segment:
     """One whole tensor; ``converted`` gains (param, master) if its new values must be copied back."""
-    data = as_real(param.detach())
+    data = param.detach()
+    arrays = {name: values for name, values in state.items() if name != "step"}
+    if data.is_complex():
+        data, grad, arrays = as_real(data), as_real(grad), {name: as_real(values) for name, values in arrays.items()}
     dtype = compute_dtype(data)
     master = data
     if data.dtype != dtype or not data.is_contiguous():
         master = data.to(dtype, memory_format=torch.contiguous_format, copy=True)
         converted.append((data, master))
-    grad = param.grad
-    assert grad is not None
     return Segment(
         group=group,
         step=int(state["step"]) + 1,
         param=master.view(-1),
-        grad=as_real(grad.detach().resolve_neg()).reshape(-1),
-        state={name: as_real(values).view(-1) for name, values in state.items() if name != "step"},
+        grad=grad.resolve_neg().reshape(-1),
+        state={name: values.view(-1) for name, values in arrays.items()},
         low=None,
         grad_scale=1.0,
         shape=tuple(data.shape),
