@@ -106,6 +106,17 @@ def unfreezing_reference(only: int, bf16: bool) -> str:
     return unfreezing_run(shard=False, only=only)[0]
 
 
+def test_a_master_that_joins_begins_with_the_stored_values():
+    model = tied()
+    optimizer = ss.optim.AdamW(trained(model))
+    sharded = ss.shard(model, optimizer, stage=2, precision=BF16)
+    added = [block.frozen for block in model.blocks]
+    before = [parameter.detach().clone() for parameter in added]
+    optimizer.add_param_group({"params": [p.requires_grad_() for p in added], "lr": 0.0})
+    run_step(model, optimizer, sharded, 0)
+    assert all(map(torch.equal, added, before))
+
+
 def test_a_group_that_cannot_join_is_refused_and_changes_nothing():
     model = tied()
     optimizer = ss.optim.AdamW(trained(model))
