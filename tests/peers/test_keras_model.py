@@ -17,6 +17,7 @@ import keras
 from keras import layers
 
 import shardstep as ss
+from shardstep.sharding.modules import seeds
 from tests.peers import keras_models
 from tests.peers.keras_models import BATCH, Words, build, loss_of, results, train, trained_by
 
@@ -74,6 +75,23 @@ def test_it_is_what_the_unsharded_loop_gives_with_our_optimizer_and_with_keras_o
         keras_own.zero_grad()
     torch.testing.assert_close(whole(alone), values, rtol=0, atol=0)
     torch.testing.assert_close(whole(keras_own), values, rtol=0, atol=1e-6)
+
+
+def test_seeds_of_keras_do_not_depend_on_how_often_this_rank_drew():
+    model, _, sharded, _ = train(steps=1)
+    (state,) = seeds(model)
+
+    def drawn(times: int) -> list[list[int]]:
+        states = []
+        for micro in itertools.islice(sharded.micro_batches(Words(), global_batch=BATCH, micro_batch=8, seed=5), 4):
+            states.append(state.tolist())
+            for _ in range(times):
+                model(micro.batch[0], training=True)
+        return states
+
+    few = drawn(1)
+    assert len({tuple(pair) for pair in few}) == 4
+    assert drawn(2) == few
 
 
 def test_it_learns_and_normalizations_keep_their_statistics():
