@@ -4,7 +4,7 @@ This room never hears of ranks: an optimizer works alone on one device, or is ha
 ``FlatSource``.
 """
 
-from shardstep.optim.adamw import AdamW
+from shardstep.optim.adamw import AdamW, AdamW8bit
 from shardstep.optim.optimizer import Optimizer
 
-__all__ = ["AdamW", "Optimizer"]
+__all__ = ["AdamW", "AdamW8bit", "Optimizer"]

@@ -17,7 +17,8 @@ from torch.optim.optimizer import ParamsT, StateDict
 from shardstep.errors import ConfigError, OwnershipError
 from shardstep.optim.states import check_loaded, start_of
 from shardstep.rules import Rule
-from shardstep.rules.binding import compute_dtype
+from shardstep.rules.backends.dynamic8 import decoded_states
+from shardstep.rules.binding import compute_dtype, cut_states
 from shardstep.rules.compiled import compile_rule
 from shardstep.rules.ir import State
 from shardstep.rules.show import explain
@@ -29,7 +30,8 @@ class Optimizer(torch.optim.Optimizer):
 
     State has torch's names and the parameters' shapes, in float32 (float64 for float64 parameters), plus
     ``step`` as a 0-d float32 tensor on the CPU, so that state dicts go to and come from torch's own
-    optimizer.
+    optimizer. A state that the rule stores in 8 bits is two tensors: its codes, and under its name with ``_scale``
+    behind it the scales.
 
     ``params``: as for any torch optimizer. Keyword arguments: hyper-parameters of the rule, for all groups
     that do not give their own. Raises ConfigError for one that is missing, unknown or refused, OwnershipError
@@ -141,7 +143,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._step_alone()
             else:
                 compiled = compile_rule(self.rule)
-                for batch in self._source.batches(per_tensor=compiled.locality != "elementwise"):
+                for batch in self._source.batches(per_tensor=compiled.per_tensor):
                     compiled.update(batch, self.param_groups)
         return loss
 
@@ -183,13 +185,16 @@ class Optimizer(torch.optim.Optimizer):
             shape=tuple(param.shape),
         )
 
-    def explain(self, segment: Segment, index: int) -> str:
-        """Which line of the rule makes the first infinity or NaN when element ``index`` of ``segment`` is updated."""
+    def explain(self, segment: Segment, index: int) -> str | None:
+        """Which line of the rule makes the first infinity or NaN when element ``index`` of ``segment`` is updated; None
+        if none does.
+        """
         if compile_rule(self.rule).locality != "elementwise":
             return "which line made it is known for elementwise rules only"
         compute = compute_dtype(segment.param)
         grad = segment.grad[index].to(compute) * segment.grad_scale
-        arrays = {"param": segment.param[index], "grad": grad, **{n: s[index] for n, s in segment.state.items()}}
+        states = decoded_states(cut_states(segment.state, index, index + 1))
+        arrays = {"param": segment.param[index], "grad": grad, **states}
         hypers = {**self.param_groups[segment.group], "step": segment.step}
         values = {**dict.fromkeys(self.rule.states, 0.0), **{name: value.item() for name, value in arrays.items()}}
         return explain(self.rule, values, hypers, compute)
@@ -199,7 +204,7 @@ class Optimizer(torch.optim.Optimizer):
         state: dict[str, Tensor] = self.state[param]
         state["step"] = torch.zeros((), dtype=torch.float32)
         for declared in compile_rule(self.rule).states(group):
-            state[declared.name] = start_of(declared, param)
+            state.update(start_of(declared, param))
         return state
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -12,9 +12,11 @@ from torch.optim.optimizer import StateDict
 
 from shardstep.errors import ConfigError
 from shardstep.rules import Rule
-from shardstep.rules.binding import compute_dtype, stored_dtype
+from shardstep.rules.backends.dynamic8 import decode, encode
+from shardstep.rules.binding import CODED, compute_dtype, scale_name, stored_arrays
 from shardstep.rules.compiled import compile_rule
 from shardstep.rules.ir import State
+from shardstep.types import SCALED_NUMEL
 
 
 def shape_of(declared: State, param: Tensor) -> tuple[int, ...]:
@@ -24,18 +26,43 @@ def shape_of(declared: State, param: Tensor) -> tuple[int, ...]:
     return {"element": shape, "row": rows, "column": columns}.get(declared.shape, ())
 
 
-def start_of(declared: State, param: Tensor) -> Tensor:
-    """A new state of ``param``."""
-    dtype = stored_dtype(declared) or compute_dtype(param)
+def start_of(declared: State, param: Tensor) -> dict[str, Tensor]:
+    """The arrays of a new state of ``param``."""
+    first, *scales = stored_arrays(declared)
+    dtype, shape = first.dtype or compute_dtype(param), shape_of(declared, param)
+    arrays = {first.name: torch.empty(shape, dtype=dtype, device=param.device)}
+    for scale in scales:
+        arrays[scale.name] = torch.empty(_entries(math.prod(shape)), dtype=scale.dtype, device=param.device)
+    begin(declared, arrays, param)
+    return arrays
+
+
+def begin(declared: State, arrays: Mapping[str, Tensor], param: Tensor) -> None:
+    """Let the arrays of a state begin anew."""
+    values = arrays[declared.name]
+    if values.dtype not in CODED:
+        values.copy_(param.detach()) if isinstance(declared.start, str) else values.fill_(declared.start)
+        return
+    scale = arrays[scale_name(declared.name)]
     if isinstance(declared.start, str):
-        return param.detach().to(dtype, memory_format=torch.contiguous_format, copy=True)
-    return torch.full(shape_of(declared, param), declared.start, dtype=dtype, device=param.device)
+        codes, scales = encode(param, values.dtype)
+        values.copy_(codes)
+        scale.copy_(scales)
+    else:
+        codes, scales = encode(torch.tensor([declared.start], dtype=torch.float32), values.dtype)
+        values.fill_(codes.item())
+        scale.fill_(scales.item())
+
+
+def _entries(numel: int) -> int:
+    """Of scales."""
+    return -(-numel // SCALED_NUMEL)
 
 
 def check_loaded(
     state_dict: StateDict, groups: Sequence[Mapping[str, Any]], rule: Rule
 ) -> dict[nn.Parameter, dict[str, Tensor]]:
-    """Copies of the state in ``state_dict`` by parameter, in the declared dtype.
+    """Copies of the state in ``state_dict`` by parameter, in the declared dtype; 8 bits become numbers and back.
 
     Parameters are matched by position, as torch does; one without an entry is left out. Raises ConfigError if
     groups, hyper-parameters, state names or shapes do not fit.
@@ -68,7 +95,10 @@ def check_loaded(
 
 
 def _taken(state: Mapping[str, Any], param: Tensor, states: Sequence[State], key: object) -> dict[str, Tensor]:
-    names = ["step", *(declared.name for declared in states)]
+    coded = {declared.name for declared in states if getattr(state.get(declared.name), "dtype", None) in CODED}
+    names = ["step"]
+    for declared in states:
+        names += [declared.name, scale_name(declared.name)] if declared.name in coded else [declared.name]
     if state.keys() != set(names):
         raise ConfigError(
             f"expected the states {names} for parameter {key}, got {list(state)}; "
@@ -83,6 +113,25 @@ def _taken(state: Mapping[str, Any], param: Tensor, states: Sequence[State], key
                 f"expected {declared.name} of shape {shape} for parameter {key}, got "
                 f"{tuple(values.shape)}; the state dict belongs to another model"
             )
-        dtype = stored_dtype(declared) or compute_dtype(param)
-        taken[declared.name] = values.to(param.device, dtype, copy=True, memory_format=torch.contiguous_format)
+        scale = state[scale_name(declared.name)] if declared.name in coded else None
+        taken |= _converted(declared, values, scale, param, key)
     return taken
+
+
+def _converted(declared: State, values: Tensor, scale: Tensor | None, param: Tensor, key: object) -> dict[str, Tensor]:
+    """A state as it is declared, from what it was in a state dict; ``scale``: of one in 8 bits."""
+    name, dtype = declared.name, stored_arrays(declared)[0].dtype or compute_dtype(param)
+    if scale is not None:
+        shape = (_entries(values.numel()),)
+        if scale.shape != shape or scale.dtype != torch.float32:
+            raise ConfigError(
+                f"expected {scale_name(name)} of shape {shape} in float32 for parameter {key}, got "
+                f"{tuple(scale.shape)} in {scale.dtype}; the state dict is damaged"
+            )
+        if values.dtype == dtype:
+            copied = scale.to(param.device, copy=True)
+            return {name: values.to(param.device, copy=True).contiguous(), scale_name(name): copied}
+        values = decode(values, scale)
+    if dtype in CODED:
+        return dict(zip((name, scale_name(name)), encode(values.to(param.device), dtype), strict=True))
+    return {name: values.to(param.device, dtype, copy=True, memory_format=torch.contiguous_format)}

@@ -15,7 +15,7 @@ from shardstep.config import Precision, Schedule, StageChoice, UnitChoice, check
 from shardstep.errors import ConfigError, OwnershipError, RankMismatchError
 from shardstep.layout import fingerprint
 from shardstep.optim import Optimizer
-from shardstep.rules.binding import stored_dtype
+from shardstep.rules.binding import stored_arrays
 from shardstep.sharding.agreement import Agreement
 from shardstep.sharding.attached import Attached
 from shardstep.sharding.batches import BatchPlan, Collate, MapDataset, MicroBatch, micro_batches
@@ -166,7 +166,7 @@ def shard(
         setattr(module, ATTRIBUTE, whole)
     optimizer.attach(step)
     sizes = [[SpaceSize(s.layout, s.precision, s.trained, s.stage) for s in unit.spaces] for unit in built]
-    states = tuple(stored_dtype(declared) for declared in optimizer.flat_states)
+    states = tuple(array for declared in optimizer.flat_states for array in stored_arrays(declared))
     formula = Formula(sizes, ranks.size, 1, prefetch, states, schedule_, ranks.rank)
     return Sharded(built, ranks, ledger, gradients, step, formula)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from shardstep.collectives import Group, Pending
 from shardstep.errors import SequenceError
 from shardstep.optim import Optimizer
+from shardstep.rules.binding import cut_states
 from shardstep.sharding.agreement import Act, Agreement
 from shardstep.sharding.buffers import Buffers
 from shardstep.sharding.clip import clip_coefficient, global_norm
@@ -109,7 +110,7 @@ class Step:
             whole = {name: space.whole(run, f"state {name!r}") for name, run in space.state.items()}
             for slot, parameter, steps in zip(space.layout.slots, space.parameters, space.steps, strict=True):
                 if steps:
-                    cut = {name: flat[slot.offset : slot.end].view(slot.shape).clone() for name, flat in whole.items()}
+                    cut = {name: space.of_slot(slot, name, flat).clone() for name, flat in whole.items()}
                     states[parameter] = {"step": torch.tensor(float(steps)), **cut}
         return states
 
@@ -122,14 +123,15 @@ class Step:
             space.steps = steps.tolist()
             for declared in self._optimizer.flat_states:
                 space.start_state(declared)
-                if any(space.steps):
-                    space.state[declared.name].copy_(self._whole_from_rank_0(space, declared.name, state)[space.owned])
+            for name, run in space.state.items() if any(space.steps) else ():
+                flat = self._whole_from_rank_0(space, name, state)
+                run.copy_(flat[space.entries(name, space.owned.start, space.owned.stop)])
 
     def _whole_from_rank_0(self, space: Space, name: str, state: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> Tensor:
         flat = space.whole(space.state[name], f"state {name!r}").clone()
         for slot, parameter in zip(space.layout.slots, space.parameters, strict=True):
             if parameter in state:
-                flat[slot.offset : slot.end].view(slot.shape).copy_(state[parameter][name])
+                space.of_slot(slot, name, flat).copy_(state[parameter][name])
         self._group.broadcast(flat, label=f"broadcast of state {name!r} of {space.where}")
         return flat
 
@@ -199,7 +201,7 @@ class Step:
             step=run.step,
             param=space.master[part],
             grad=gradient[part],
-            state={name: state[part] for name, state in space.state.items()},
+            state=cut_states(space.state, part.start, part.stop),
             low=None if low is None else low[part],
             grad_scale=scale,
             offset=run.start,

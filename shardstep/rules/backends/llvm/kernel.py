@@ -19,9 +19,10 @@ from shardstep.rules.backends.llvm.row import cuts, layout_of
 from shardstep.rules.backends.llvm.target import TargetUnsupported
 from shardstep.rules.backends.llvm.text import module_text
 from shardstep.rules.backends.llvm.threads import Call, run_all
-from shardstep.rules.binding import Binding
+from shardstep.rules.binding import CODED, Binding, scale_name
 from shardstep.rules.ir import Phase
 from shardstep.types import BLOCK_NUMEL as BLOCK
+from shardstep.types import SCALED_NUMEL
 
 if TYPE_CHECKING:
     from shardstep.rules.backends.llvm.compiler import Loaded
@@ -94,8 +95,10 @@ class LlvmKernel:
         self._run = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(loaded.address)
         stored, layout = dict(job.binding.stored), job.layout
         self._names = layout.arrays
-        # Of an element of each array, and of low.
-        self._sizes = [*(stored[name].itemsize for name in layout.arrays), job.low.itemsize if job.low else 0]
+        scales = {scale_name(name) for name in layout.arrays if stored[name] in CODED}
+        # Elements of an entry, and its bytes, of each array and of low.
+        self._sizes = [(SCALED_NUMEL if name in scales else 1, stored[name].itemsize) for name in layout.arrays]
+        self._sizes.append((1, job.low.itemsize if job.low else 0))
         self._low, self._writes_low = job.binding.low, job.low is not None
         self._reductions = layout.reductions
         self._pack = layout.format.pack
@@ -158,7 +161,8 @@ class LlvmKernel:
         position, split = row.offset + begin, len(self._sizes)
         if begin:
             block = position // BLOCK - row.offset // BLOCK
-            moved = [address + begin * size for address, size in zip(addresses, self._sizes, strict=False)]
+            sizes = zip(addresses, self._sizes, strict=False)
+            moved = [address + begin // per * size for address, (per, size) in sizes]
             addresses = moved + [address + 8 * block for address in addresses[split:]]
         return self._pack(*addresses[:split], end - begin, position, *addresses[split:], *row.scalars)
 

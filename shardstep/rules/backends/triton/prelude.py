@@ -6,6 +6,8 @@
 import re
 from typing import Final
 
+from shardstep.rules.backends.triton import dynamic8
+
 _FUNCTIONS: Final = {
     "minimum": '''\
 @triton.jit
@@ -87,6 +89,7 @@ def fold_max(lanes):
     low, high = tl.split(lanes)
     return maximum(low, high)
 ''',
+    **dynamic8.functions(),
 }
 
 
