@@ -244,6 +244,17 @@ def test_the_triton_interpreter_gives_the_bytes_of_numpy(dtypes, numel):
     assert_same(run(interpreted, dtypes, numel), run(reference.compile_phase, dtypes, numel))
 
 
+@pytest.mark.parametrize("make", [llvm.compile_phase, reference.compile_phase, interpreted])
+def test_what_a_rule_makes_of_nothing_behind_the_end_enters_no_scale(make):
+    text = "rule r\nstate m element = 0.0\n%0 = load grad : real element\n%1 = const 1.0 : real uniform\n"
+    phase = Phase(parse_text(f"{text}%2 = add %0 %1 : real element\nstore m %2\n"), ())
+    grad = torch.full((300,), -0.75)
+    arrays = {"param": grad.clone(), "grad": grad, "m": torch.zeros(300, dtype=SIGNED), "m_scale": torch.zeros(2)}
+    with np.errstate(all="ignore"):
+        make(phase, Binding(F32, tuple((name, array.dtype) for name, array in arrays.items())))(arrays, ())
+    assert arrays["m_scale"].tolist() == [0.25, 0.25]
+
+
 def test_a_gpu_kernel_rounds_each_operation_once_and_loads_128_bits():
     pytest.importorskip("triton")
     phases, _ = phases_of(ADAMW8)
