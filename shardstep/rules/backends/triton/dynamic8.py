@@ -3,15 +3,18 @@
 A program's 1,024 elements are four times those of a scale. Pure text; nothing here runs.
 """
 
+from functools import cache
+from typing import Final
+
 import torch
 
 from shardstep.rules.backends.dynamic8 import INFINITE_BITS, MAPS, NAN_BITS, NINTH, DynamicMap
 from shardstep.types import SCALED_NUMEL
 
-NAMES = {torch.int8: "dynamic8", torch.uint8: "dynamic8_unsigned"}
+NAMES: Final = {torch.int8: "dynamic8", torch.uint8: "dynamic8_unsigned"}
 """Behind ``from_`` and ``to_`` the functions of a map."""
 
-_SCALES = f'''\
+_SCALES: Final = f'''\
 @triton.jit
 def larger(a, b):
     """For tl.max has functions of its own, which are not interpreted where the interpreter was switched on late."""
@@ -27,7 +30,7 @@ def largest(new):
     return tl.where(most >= {INFINITE_BITS}, {NAN_BITS}, most).to(tl.float32, bitcast=True)
 '''
 
-_SPREAD = f'''\
+_SPREAD: Final = f'''\
 @triton.jit
 def spread(scales):
     """Each scale for its {SCALED_NUMEL} elements."""
@@ -92,6 +95,7 @@ def _to(name: str, dtype: torch.dtype, map_: DynamicMap) -> str:
     )
 
 
+@cache
 def functions() -> dict[str, str]:
     """All of them, by name."""
     found = {"largest": _SCALES, "spread": _SPREAD}

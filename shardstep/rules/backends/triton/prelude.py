@@ -89,16 +89,16 @@ def fold_max(lanes):
     low, high = tl.split(lanes)
     return maximum(low, high)
 ''',
-    **dynamic8.functions(),
 }
 
 
 def needed(kernel: str) -> str:
     """The text of the functions that ``kernel`` calls."""
+    known = {**_FUNCTIONS, **dynamic8.functions()}
     wanted, texts = set[str](), [kernel]
     while texts:
         # Not after a dot: tl.minimum would be another function.
-        calls = set(re.findall(r"(?<![.\w])([a-z]\w*)\(", texts.pop())) & (_FUNCTIONS.keys() - wanted)
+        calls = set(re.findall(r"(?<![.\w])([a-z]\w*)\(", texts.pop())) & (known.keys() - wanted)
         wanted |= calls
-        texts += [_FUNCTIONS[name] for name in calls]
-    return "\n\n".join(text for name, text in _FUNCTIONS.items() if name in wanted)
+        texts += [known[name] for name in calls]
+    return "\n\n".join(text for name, text in known.items() if name in wanted)
