@@ -12,6 +12,9 @@ from torch import Tensor, nn
 BLOCK_NUMEL: Final = 1024
 """Elements per block of a flat space. Shards are whole blocks, and sums are taken block by block."""
 
+SCALED_NUMEL: Final = 256
+"""Neighbouring elements of a tensor that share one scale, where a state is stored in 8 bits."""
+
 
 @dataclass(slots=True)
 class Segment:
@@ -23,6 +26,10 @@ class Segment:
     is multiplied by ``grad_scale`` on the way in; ``low``, if any, receives the new parameters rounded to its dtype.
     ``offset`` is the place of element 0 in its flat space, which does not depend on who owns what. ``shape`` is the
     whole tensor's where the segment is a part of one tensor, and None where it may run over several.
+
+    A state in 8 bits is int8 or uint8 codes, and float32 scales under its name with ``_scale`` behind it: one for each
+    256 elements, the last ones rounded up. Such a segment is part of one tensor and begins at a multiple of 256 of it
+    and of the flat space.
 
     ``param`` may also be bfloat16 or float16, without a master: then all is computed in float32, and the new
     parameters are rounded stochastically if there is a ``seed``, else to nearest even. The noise is a function of

@@ -15,7 +15,7 @@ from shardstep.optim import keras
 from shardstep.optim.adabelief import AdaBelief
 from shardstep.optim.adadelta import Adadelta
 from shardstep.optim.adagrad import Adagrad
-from shardstep.optim.adam import Adam, AdamW
+from shardstep.optim.adam import Adam, AdamW, AdamW8bit
 from shardstep.optim.adamax import Adamax
 from shardstep.optim.adan import Adan
 from shardstep.optim.asgd import ASGD
@@ -41,6 +41,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "AdamW8bit",
     "AdamWScheduleFree",
     "Adamax",
     "Adan",

@@ -1,6 +1,7 @@
 """Adam and AdamW."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -188,3 +189,18 @@ class AdamW(Adam):
         super().check_group(group, where)
         if not group["decoupled_weight_decay"]:
             raise refusal("decoupled_weight_decay=True of AdamW", where, group["decoupled_weight_decay"])
+
+
+class AdamW8bit(AdamW):
+    """AdamW whose two moments take 8 bits an element, and a float32 scale for each 256 elements of a tensor.
+
+    Dettmers et al. 2022 (arXiv 2110.02861): 2.03 bytes of state a parameter instead of 8. Arguments and equations are
+    AdamW's, computed in float32 (float64 for float64 parameters). It is meant for the large tensors of a model; where
+    few elements decide, as in an embedding or a norm, the paper keeps 32 bits. Takes state dicts of AdamW, and AdamW
+    takes its.
+    """
+
+    rule = replace(
+        adamw.stored(exp_avg="dynamic8", exp_avg_sq="dynamic8_unsigned", max_exp_avg_sq="dynamic8_unsigned"),
+        name="adamw8bit",
+    )

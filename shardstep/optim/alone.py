@@ -56,7 +56,7 @@ def _start(param: Tensor, group: Mapping[str, Any], rule: Rule) -> dict[str, Ten
     """The first state of ``param``."""
     state = {"step": torch.zeros((), dtype=torch.float32)}
     for declared in compile_rule(rule).states(group):
-        state[declared.name] = start_of(declared, param)
+        state.update(start_of(declared, param))
     return state
 
 

@@ -12,8 +12,10 @@ from torch.optim.optimizer import StateDict
 
 from shardstep.errors import ConfigError, MissingKeyError
 from shardstep.optim.groups import with_flags
-from shardstep.optim.states import dtype_of, shape_of
+from shardstep.optim.states import dtype_of, scales_of, shape_of
 from shardstep.rules import Rule
+from shardstep.rules.backends.dynamic8 import decode, encode
+from shardstep.rules.binding import CODED, scale_name
 from shardstep.rules.compiled import compile_rule
 from shardstep.rules.ir import State
 
@@ -96,7 +98,10 @@ def _counts_steps(rule: Rule) -> bool:
 
 
 def _taken(state: Mapping[str, Any], param: Tensor, states: Sequence[State], key: object) -> dict[str, Tensor]:
-    names = ["step", *(declared.name for declared in states)]
+    coded = {declared.name for declared in states if getattr(state.get(declared.name), "dtype", None) in CODED}
+    names = ["step"]
+    for declared in states:
+        names += [declared.name, scale_name(declared.name)] if declared.name in coded else [declared.name]
     if state.keys() != set(names):
         raise MissingKeyError(
             f"expected the states {names} for parameter {key}, got {list(state)}; "
@@ -111,6 +116,25 @@ def _taken(state: Mapping[str, Any], param: Tensor, states: Sequence[State], key
                 f"expected {declared.name} of shape {shape} for parameter {key}, got "
                 f"{tuple(values.shape)}; the state dict belongs to another model"
             )
-        dtype = dtype_of(declared, param)
-        taken[declared.name] = values.to(param.device, dtype, copy=True, memory_format=torch.contiguous_format)
+        scale = state[scale_name(declared.name)] if declared.name in coded else None
+        taken |= _converted(declared, values, scale, param, key)
     return taken
+
+
+def _converted(declared: State, values: Tensor, scale: Tensor | None, param: Tensor, key: object) -> dict[str, Tensor]:
+    """A state as it is declared, from what it was in a state dict; ``scale``: of one in 8 bits."""
+    name, dtype = declared.name, dtype_of(declared, param)
+    if scale is not None:
+        shape = (scales_of(values.numel()),)
+        if scale.shape != shape or scale.dtype != torch.float32:
+            raise ConfigError(
+                f"expected {scale_name(name)} of shape {shape} in float32 for parameter {key}, got "
+                f"{tuple(scale.shape)} in {scale.dtype}; the state dict is damaged"
+            )
+        if values.dtype == dtype:
+            copied = scale.to(param.device, copy=True)
+            return {name: values.to(param.device, copy=True).contiguous(), scale_name(name): copied}
+        values = decode(values, scale)
+    if dtype in CODED:
+        return dict(zip((name, scale_name(name)), encode(values.to(param.device), dtype), strict=True))
+    return {name: values.to(param.device, dtype, copy=True, memory_format=torch.contiguous_format)}

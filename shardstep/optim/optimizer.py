@@ -18,7 +18,8 @@ from shardstep.optim.alone import batches_alone
 from shardstep.optim.groups import check_options, check_parameters, defaults_of, parameters_of, with_flags
 from shardstep.optim.loading import as_step, checked_groups, checked_state
 from shardstep.rules import Rule
-from shardstep.rules.binding import compute_dtype
+from shardstep.rules.backends.dynamic8 import decoded_states
+from shardstep.rules.binding import compute_dtype, cut_states, stored_arrays
 from shardstep.rules.compiled import compile_rule
 from shardstep.rules.ir import State
 from shardstep.rules.show import explain
@@ -30,7 +31,8 @@ class Optimizer(torch.optim.Optimizer):
 
     State has torch's names and the parameters' shapes, in float32 (float64 for float64 parameters), plus
     ``step`` as a 0-d float32 tensor on the CPU, so that state dicts go to and come from torch's own
-    optimizer. Complex parameters are updated as pairs of real ones, with complex state.
+    optimizer. Complex parameters are updated as pairs of real ones, with complex state. A state that the rule stores in
+    8 bits is two tensors: its codes, and under its name with ``_scale`` behind it the scales.
 
     ``params``: as for any torch optimizer. Keyword arguments: hyper-parameters of the rule, for all groups that do
     not give their own, as numbers or tensors of one element; and torch's options. Of these, ``maximize`` negates the
@@ -127,7 +129,7 @@ class Optimizer(torch.optim.Optimizer):
         compiled = compile_rule(self.rule)
         with torch.no_grad():
             maximizing = self._maximizing()
-            for batch in self._batches(per_tensor=compiled.locality != "elementwise"):
+            for batch in self._batches(per_tensor=compiled.per_tensor):
                 for segment in batch.segments if maximizing else []:
                     segment.grad_scale *= -1.0 if segment.group in maximizing else 1.0
                 compiled.update(batch, self.param_groups)
@@ -148,14 +150,17 @@ class Optimizer(torch.optim.Optimizer):
         """Raise RuleError if the hyper-parameters of a (group, step) give no update: before anything is changed."""
         compile_rule(self.rule).check(updated, self.param_groups)
 
-    def explain(self, segment: Segment, index: int) -> str:
-        """Which line of the rule makes the first infinity or NaN when element ``index`` of ``segment`` is updated."""
+    def explain(self, segment: Segment, index: int) -> str | None:
+        """Which line of the rule makes the first infinity or NaN when element ``index`` of ``segment`` is updated; None
+        if none does.
+        """
         if compile_rule(self.rule).locality != "elementwise":
             return "which line made it is known for elementwise rules only"
         compute = compute_dtype(segment.param)
         scale = -segment.grad_scale if segment.group in self._maximizing() else segment.grad_scale
         grad = segment.grad[index].to(compute) * scale
-        arrays = {"param": segment.param[index], "grad": grad, **{n: s[index] for n, s in segment.state.items()}}
+        states = decoded_states(cut_states(segment.state, index, index + 1))
+        arrays = {"param": segment.param[index], "grad": grad, **states}
         hypers = {**self.param_groups[segment.group], "step": segment.step}
         values = {**dict.fromkeys(self.rule.states, 0.0), **{name: value.item() for name, value in arrays.items()}}
         return explain(self.rule, values, hypers, compute)
@@ -211,7 +216,8 @@ class Optimizer(torch.optim.Optimizer):
         whole = source.whole_state()
         state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
         for group in self.param_groups:
-            names = ["step", *(declared.name for declared in self._states_of(group))]
+            states = self._states_of(group)
+            names = ["step", *(array.name for declared in states for array in stored_arrays(declared))]
             own = (param for param in group["params"] if param in whole)
             state.update({param: {name: whole[param][name] for name in names} for param in own})
         return state

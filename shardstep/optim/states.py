@@ -1,13 +1,16 @@
 """States of single parameters: their shapes, how they start, and complex numbers as pairs of real ones."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from shardstep.errors import UnsupportedError
-from shardstep.rules.binding import compute_dtype, stored_dtype
+from shardstep.rules.backends.dynamic8 import encode
+from shardstep.rules.binding import CODED, compute_dtype, scale_name, stored_arrays
 from shardstep.rules.ir import State
+from shardstep.types import SCALED_NUMEL
 
 
 def as_real(tensor: Tensor) -> Tensor:
@@ -24,7 +27,7 @@ def shape_of(declared: State, param: Tensor) -> tuple[int, ...]:
 
 def dtype_of(declared: State, param: Tensor) -> torch.dtype:
     """What a state of ``param`` is kept in: complex where the parameter is and the state has its elements."""
-    dtype = stored_dtype(declared) or compute_dtype(as_real(param))
+    dtype = stored_arrays(declared)[0].dtype or compute_dtype(as_real(param))
     if not param.is_complex() or declared.shape != "element":
         return dtype
     if dtype not in (torch.float32, torch.float64):
@@ -35,11 +38,37 @@ def dtype_of(declared: State, param: Tensor) -> torch.dtype:
     return dtype.to_complex()
 
 
-def start_of(declared: State, param: Tensor) -> Tensor:
-    """A new state of ``param``."""
-    dtype = dtype_of(declared, param)
+def start_of(declared: State, param: Tensor) -> dict[str, Tensor]:
+    """The arrays of a new state of ``param``."""
+    shape = shape_of(declared, param)
+    first, *scales = stored_arrays(declared)
+    arrays = {first.name: torch.empty(shape, dtype=dtype_of(declared, param), device=param.device)}
+    for scale in scales:
+        arrays[scale.name] = torch.empty(scales_of(math.prod(shape)), dtype=scale.dtype, device=param.device)
+    begin(declared, arrays, param)
+    return arrays
+
+
+def begin(declared: State, arrays: Mapping[str, Tensor], param: Tensor) -> None:
+    """Let the arrays of a state begin anew."""
+    values = arrays[declared.name]
+    if values.dtype not in CODED:
+        if isinstance(declared.start, str):
+            values.copy_(param.detach())
+        else:
+            as_real(values).fill_(declared.start)  # both parts of a complex number, for the rule sees two real ones
+        return
+    scale = arrays[scale_name(declared.name)]
     if isinstance(declared.start, str):
-        return param.detach().to(dtype, memory_format=torch.contiguous_format, copy=True)
-    state = torch.empty(shape_of(declared, param), dtype=dtype, device=param.device)
-    as_real(state).fill_(declared.start)  # both parts of a complex number, for the rule sees two real ones
-    return state
+        codes, scales = encode(param, values.dtype)
+        values.copy_(codes)
+        scale.copy_(scales)
+    else:
+        codes, scales = encode(torch.tensor([declared.start], dtype=torch.float32), values.dtype)
+        values.fill_(codes.item())
+        scale.fill_(scales.item())
+
+
+def scales_of(numel: int) -> int:
+    """How many scales there are for a tensor."""
+    return -(-numel // SCALED_NUMEL)

@@ -19,8 +19,18 @@ from torch import Tensor
 from shardstep.errors import ConfigError
 from shardstep.rules import noise
 from shardstep.rules.backends import blocks, llvm, reference, rounding, triton
+from shardstep.rules.backends.dynamic8 import decoded_states, encode
 from shardstep.rules.backends.evaluation import exactly
-from shardstep.rules.binding import Binding, PhaseKernel, check_dtypes, checked, compute_dtype
+from shardstep.rules.binding import (
+    CODED,
+    Binding,
+    PhaseKernel,
+    check_dtypes,
+    checked,
+    compute_dtype,
+    scale_name,
+    stored_arrays,
+)
 from shardstep.rules.ir import Phase, Phases, Program, State
 from shardstep.rules.language import Rule
 from shardstep.rules.locality import locality, needs_whole_tensors
@@ -104,6 +114,9 @@ class CompiledRule:
         self.program = program_of(rule)
         self.locality, self.reason = locality(self.program)
         self.needs_whole_tensors = needs_whole_tensors(self.program)
+        scaled = any(len(stored_arrays(state)) > 1 for state in self.program.states)
+        self.per_tensor = scaled or self.locality != "elementwise"
+        """Whether each segment must be a part of one tensor."""
         self._truths = compile_truths(self.program)
         self._programs: dict[_Form, Program] = {}
         self._phases: dict[_Form, Phases] = {}
@@ -155,7 +168,7 @@ class CompiledRule:
             for segment in (whole,) if whole.seed is None else noise.between_turns(whole):
                 arrays, seed, low = _arrays(segment), segment.seed, segment.low
                 turn = 0 if seed is None else segment.offset // noise.TURN
-                kind = (seed is None, *arrays, *checked(arrays, low))
+                kind = (seed is None, *arrays, *checked(arrays, low, segment.offset))
                 key = (segment.group, segment.step, segment.grad_scale, seed, turn, kind)
                 found = alike.get(key)
                 if found is None:
@@ -182,13 +195,19 @@ class CompiledRule:
         program = self._program_for(hypers, compute, noise.rounded_dtype(segment))
         shape = segment.shape or ()
         arrays = {"param": segment.param.view(shape), "grad": segment.grad.view(shape)}
+        states = decoded_states(segment.state)
         for state in self.program.states:
-            if state.name in segment.state:
-                values = segment.state[state.name]
+            if state.name in states:
+                values = states[state.name]
                 arrays[state.name] = values.view(shape) if state.shape == "element" else values
         new = reference.run_whole(program, arrays, hypers, compute=compute, offset=segment.offset)
         for name, values in new.items():
-            arrays[name].copy_(values)
+            if name in segment.state and segment.state[name].dtype in CODED:
+                codes, scale = encode(values.view(-1), segment.state[name].dtype)
+                segment.state[name].copy_(codes)
+                segment.state[scale_name(name)].copy_(scale)
+            else:
+                arrays[name].copy_(values)
         if segment.low is not None:
             with exactly():
                 rounding.write(rounding.read(segment.param, compute), segment.low)
@@ -219,7 +238,7 @@ class CompiledRule:
         jobs = []
         for segment in segments:
             arrays = _arrays(segment)
-            kind = (segment.seed is None, *arrays, *checked(arrays, segment.low))
+            kind = (segment.seed is None, *arrays, *checked(arrays, segment.low, segment.offset))
             turn = 0 if segment.seed is None else segment.offset // noise.TURN
             alike = (segment.group, segment.step, segment.grad_scale, segment.seed, turn)
             common = found.get(alike)

@@ -14,8 +14,8 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final, NoReturn, TypeAlias, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Final, NoReturn, Self, TypeAlias, get_args
 
 from shardstep.errors import RuleError
 from shardstep.rules.diagnostics import RuleErrors, diagnose
@@ -36,8 +36,18 @@ RESERVED: Final = _PUT_IN | {"step"}
 _OF_GROUPS: Final = frozenset({"params", "param_names"})
 """What torch keeps in a parameter group beside the hyper-parameters."""
 
-_LARGEST: Final = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float32": 3.4028234663852886e38}
-_SMALLEST: Final = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-149}
+_LARGEST_FLOAT32: Final = 3.4028234663852886e38
+_LARGEST: Final = {
+    "float16": 65504.0,
+    "bfloat16": 3.3895313892515355e38,
+    **dict.fromkeys(("float32", "dynamic8", "dynamic8_unsigned"), _LARGEST_FLOAT32),
+}
+_SMALLEST: Final = {
+    "float16": 2.0**-24,
+    "bfloat16": 2.0**-133,
+    **dict.fromkeys(("float32", "dynamic8", "dynamic8_unsigned"), 2.0**-149),
+}
+_CODED: Final = frozenset({"dynamic8", "dynamic8_unsigned"})
 _SHAPES: Final = ("element", "row", "column", "tensor")
 
 
@@ -54,6 +64,9 @@ def state(start: float | str = 0.0, *, dtype: str | None = None, shape: str = "e
     """The default of a state: what it starts from (a number, or "param": a copy of the parameter), the dtype it is
     stored in ("bfloat16", "float16", "float32"; by default what the rule computes in), and what it has one value for
     each of ("element", "row", "column", "tensor").
+
+    "dynamic8" and, for what is never negative, "dynamic8_unsigned" store an element in 8 bits, with a float32 scale for
+    each 256 elements of a tensor (Dettmers et al. 2022).
     """
     return _Start(start, dtype, shape)
 
@@ -87,6 +100,22 @@ class Rule:
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """For type checkers: rules may call it. Raises RuleError, since only rules may."""
         _refuse_call(self.name)
+
+    def stored(self, **dtypes: str) -> Self:
+        """The same rule, with the states of these names stored in these dtypes (see `state`).
+
+        ``adamw.stored(exp_avg="dynamic8", exp_avg_sq="dynamic8_unsigned")``. Raises RuleError for the name of no state,
+        RuleErrors for a dtype that does not suit.
+        """
+        if unknown := dtypes.keys() - set(self.states):
+            raise RuleError(
+                f"expected states of the rule {self.name!r} ({', '.join(self.states) or 'it has none'}), got "
+                f"{', '.join(sorted(unknown))}; correct the name"
+            )
+        starts = {
+            state.name: _Start(state.start, dtypes.get(state.name, state.dtype), state.shape) for state in self.declared
+        }
+        return replace(self, declared=_declared_all(self.function, starts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,23 +192,40 @@ def _states(function: types.FunctionType, arrays: list[inspect.Parameter]) -> tu
         got = ", ".join(map(str, arrays))
         text = f"expected the first two arguments to be param and grad without defaults, got ({got})"
         _refuse(function, "", "E27", text, "name them so")
-    return tuple(_declared(function, argument) for argument in states)
+    for argument in states:
+        _check_state(function, argument)
+    return _declared_all(function, {argument.name: argument.default for argument in states})
 
 
-def _declared(function: types.FunctionType, argument: inspect.Parameter) -> State:
-    name, given = argument.name, argument.default
+def _check_state(function: types.FunctionType, argument: inspect.Parameter) -> None:
+    name = argument.name
     if name in RESERVED:
         _refuse(function, name, "E28", f"expected {name!r} after *, got it as a state", "it counts updates by itself")
-    if not isinstance(given, _Start):
+    if not isinstance(argument.default, _Start):
         text = f"expected the state {name!r} to start from zeros or state(...), got {argument}"
         hint = f"write {name}=zeros, or put it after * if it is a hyper-parameter"
         _refuse(function, name, "E27", text, hint)
+
+
+def _declared_all(function: types.FunctionType, starts: Mapping[str, _Start]) -> tuple[State, ...]:
+    declared = tuple(_declared(function, name, given) for name, given in starts.items())
+    for state in declared:
+        if (scale := f"{state.name}_scale") in starts and state.dtype in _CODED:
+            text = f"the state {scale!r} has the name of what belongs to {state.name!r}, which is stored in 8 bits"
+            _refuse(function, scale, "E28", text, "give it another name")
+    return declared
+
+
+def _declared(function: types.FunctionType, name: str, given: _Start) -> State:
     if not _is_one_of(_SHAPES, given.shape):
         text = f"expected the state {name!r} to be one of {_SHAPES}, got shape={given.shape!r}"
         _refuse(function, name, "E20", text, "say what it has one value for each of")
     if given.dtype is not None and not _is_one_of(_LARGEST, given.dtype):
         text = f"expected the state {name!r} stored as one of {tuple(_LARGEST)}, got dtype={given.dtype!r}"
         _refuse(function, name, "E09", text, "a rule computes with real numbers and never truncates them")
+    if given.dtype in _CODED and given.shape != "element":
+        text = f"expected the state {name!r}, stored in 8 bits, to have a value for each element, got {given.shape!r}"
+        _refuse(function, name, "E20", text, "store it in another dtype: it is small")
     _check_start(function, name, given)
     shape: Shape = next(shape for shape in get_args(Shape) if shape == given.shape)
     return State(name, shape, given.start if isinstance(given.start, str) else float(given.start), given.dtype)
@@ -195,6 +241,12 @@ def _check_start(function: types.FunctionType, name: str, given: _Start) -> None
     if _LARGEST[dtype] < abs(float(start)) < math.inf:
         text = f"the state {name!r} starts from {start}, which overflows {dtype}"
         _refuse(function, name, "E11", text, "start from a smaller number, or store it in another dtype")
+    if dtype in _CODED and abs(float(start)) == math.inf:
+        text = f"the state {name!r} starts from {start}, which {dtype} does not have"
+        _refuse(function, name, "E11", text, "store it in another dtype")
+    if dtype == "dynamic8_unsigned" and float(start) < 0:
+        text = f"the state {name!r} starts from {start}, which is zero in {dtype}"
+        _refuse(function, name, "E12", text, "store it in dynamic8, which has both signs")
     if 0 < abs(float(start)) < _SMALLEST[dtype]:
         text = f"the state {name!r} starts from {start}, which is zero in {dtype}"
         _refuse(function, name, "E12", text, "start from a larger number, or store it in another dtype")

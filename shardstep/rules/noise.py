@@ -14,7 +14,7 @@ from typing import Final
 
 import torch
 
-from shardstep.rules.binding import compute_dtype
+from shardstep.rules.binding import compute_dtype, cut_states
 from shardstep.types import Segment
 
 KEY: Final = "rounding_key"
@@ -57,7 +57,7 @@ def between_turns(segment: Segment) -> Iterator[Segment]:
             segment,
             param=param[part],
             grad=grad[part],
-            state={name: state.view(-1)[part] for name, state in segment.state.items()},
+            state=cut_states(segment.state, start, stop),
             low=None if segment.low is None else segment.low.view(-1)[part],
             offset=segment.offset + start,
         )

@@ -12,7 +12,7 @@ import torch
 from shardstep.errors import ConfigError
 from shardstep.rules import syntax
 from shardstep.rules.backends import llvm, triton
-from shardstep.rules.binding import Binding, stored_dtype
+from shardstep.rules.binding import Binding, stored_arrays
 from shardstep.rules.check import check
 from shardstep.rules.check import to_text as types_to_text
 from shardstep.rules.ir import Program, to_text
@@ -69,11 +69,11 @@ def debug(rule: Rule, values: Mapping[str, float], hypers: Mapping[str, object])
             told.append(f"{at:5}  {linecache.getline(source, at).strip()}")
         last = at
         told.append(f"         {_instruction(line, lines)} = {line.value!r}")
-    return "\n".join([*told, _culprit(lines, source)]) + "\n"
+    return "\n".join([*told, _culprit(lines, source) or "every value is finite"]) + "\n"
 
 
-def explain(rule: Rule, values: Mapping[str, float], hypers: Mapping[str, object], compute: torch.dtype) -> str:
-    """Which line of ``rule`` makes the first infinity or NaN of one element; all values are given."""
+def explain(rule: Rule, values: Mapping[str, float], hypers: Mapping[str, object], compute: torch.dtype) -> str | None:
+    """Which line of ``rule`` makes the first infinity or NaN of one element, if any does; all values are given."""
     return _culprit(trace_values(_taken(rule, hypers), values, hypers, compute), rule.function.__code__.co_filename)
 
 
@@ -114,7 +114,7 @@ def _passes(rule: Rule, hypers: Mapping[str, object]) -> str:
 def _code(rule: Rule, stage: str, hypers: Mapping[str, object]) -> str:
     program = program_of(rule)
     phases = compile_phases(program, compile_truths(program)(complete(rule, hypers)), COMPUTE)
-    declared = ((state.name, stored_dtype(state) or COMPUTE) for state in program.states)
+    declared = ((array.name, array.dtype or COMPUTE) for state in program.states for array in stored_arrays(state))
     stored = (("param", COMPUTE), ("grad", COMPUTE), *declared)
     make = {"llvm": llvm.to_llvm, "asm": llvm.to_assembly, "triton": triton.source}[stage]
     return "\n".join(make(phase, Binding(COMPUTE, stored)) for phase in phases.phases)
@@ -126,10 +126,10 @@ def _instruction(line: Line, lines: list[Line]) -> str:
     return f"{line.operation} {line.name}" if line.name else f"{line.operation}({arguments})"
 
 
-def _culprit(lines: list[Line], source: str) -> str:
+def _culprit(lines: list[Line], source: str) -> str | None:
     bad = first_non_finite(lines)
     if bad is None:
-        return "every value is finite"
+        return None
     if bad.operation in ("load", "hyper"):
         return f"the first value that is not finite is given: {bad.name} = {bad.value!r}"
     where = f"line {bad.place.line}: {linecache.getline(source, bad.place.line).strip()}" if bad.place else "the rule"

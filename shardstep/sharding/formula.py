@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shardstep.config import Precision, Schedule, Stage
 from shardstep.layout import Layout
+from shardstep.rules.binding import StoredArray
 from shardstep.sharding.hooks import begins_backward
 from shardstep.sharding.memory import Bytes, Ledger
 from shardstep.sharding.reduce import Home, Partial, Tree
@@ -32,15 +33,15 @@ class SpaceSize:
 
 @dataclass(frozen=True)
 class Formula:
-    """``units`` holds the spaces of each unit in declared order, the root first; ``states`` what each state of the
-    rule is stored in (None: the master's dtype, which ``averages`` have too).
+    """``units`` holds the spaces of each unit in declared order, the root first; ``states`` the arrays that hold the
+    states of the rule (whose dtype None is the master's, which ``averages`` have too).
     """
 
     units: list[list[SpaceSize]]
     world_size: int
     own_leaves: int
     prefetch: int
-    states: tuple[torch.dtype | None, ...]
+    states: tuple[StoredArray, ...]
     schedule: Schedule
     rank: int
     averages: int = 0
@@ -95,12 +96,12 @@ class Formula:
 
     def _state(self) -> int:
         """The rule's states, the averages and, for low-precision parameters, the master."""
-        return sum(self._owned(space) * self._state_bytes(space.precision) for space in self._trained())
+        return sum(self._state_bytes(self._owned(space), space.precision) for space in self._trained())
 
-    def _state_bytes(self, precision: Precision) -> int:
-        """Of one element."""
-        kept = [None] * (self.averages + (precision.master != precision.params))
-        return sum((dtype or precision.master).itemsize for dtype in (*self.states, *kept))
+    def _state_bytes(self, numel: int, precision: Precision) -> int:
+        """Of ``numel`` elements, whole blocks."""
+        kept = (self.averages + (precision.master != precision.params)) * numel * precision.master.itemsize
+        return kept + sum(numel // array.per * (array.dtype or precision.master).itemsize for array in self.states)
 
     def _gradients(self) -> int:
         """Kept leaves, partial sums, and what is in flight, followed through the events of one step."""

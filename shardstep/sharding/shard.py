@@ -17,7 +17,7 @@ from shardstep.errors import ConfigError, OwnershipError, RankMismatchError
 from shardstep.layout import fingerprint
 from shardstep.optim import Optimizer
 from shardstep.optim.unruled import refusal
-from shardstep.rules.binding import stored_dtype
+from shardstep.rules.binding import stored_arrays
 from shardstep.sharding.agreement import Agreement
 from shardstep.sharding.attached import Attached
 from shardstep.sharding.batches import BatchPlan, Collate, MapDataset, MicroBatch, micro_batches
@@ -189,7 +189,7 @@ def shard(
 
     def formula(own_leaves: int) -> Formula:
         sizes = [[SpaceSize(s.layout, s.precision, s.trained, s.stage) for s in unit.spaces] for unit in built]
-        states = tuple(stored_dtype(declared) for declared in optimizer.flat_states)
+        states = tuple(array for declared in optimizer.flat_states for array in stored_arrays(declared))
         return Formula(sizes, ranks.size, own_leaves, prefetch, states, schedule_, ranks.rank)
 
     return Sharded(built, ranks, ledger, gradients, step, formula, seeds(model))

@@ -5,7 +5,8 @@
     shard    shard numel    this rank's run of the parameters; a view of ``flat`` below stage 3.
     values   owned numel    what the rule's result is written to: ``flat`` at stage 0, else ``shard``.
     master   owned numel    what the rule updates: ``values`` itself, or a wider copy of it.
-    state    owned numel    one buffer per named state of the rule, in its declared dtype or the master's.
+    state    owned numel    one buffer per named state of the rule, in its declared dtype or the master's; scales of
+                            8-bit states have one entry for each 256 elements.
     averages owned numel    one buffer per `shardstep.Average` of the model, in the master's dtype.
     leaf     padded numel   the gradient of the current micro-batch; kept between steps below stage 2.
     tree     shard numel    partial sums of all ranks' leaves over this rank's run.
@@ -19,13 +20,15 @@ from torch import Tensor, nn
 
 from shardstep.collectives import Group, Pending
 from shardstep.config import Precision, Stage
-from shardstep.layout import Layout
-from shardstep.rules.binding import stored_dtype
+from shardstep.layout import Layout, Slot
+from shardstep.optim.states import begin
+from shardstep.rules.binding import scales_among, stored_arrays
 from shardstep.rules.ir import State
 from shardstep.sharding.freed import FreedParameter
 from shardstep.sharding.memory import Ledger
 from shardstep.sharding.reduce import Tree
 from shardstep.sharding.stand_in import StandIn
+from shardstep.types import SCALED_NUMEL
 
 
 class Space:
@@ -231,16 +234,14 @@ class Space:
         """Allocate and start those states of the rule that are not there yet, over what this rank owns."""
         for declared in states:
             if declared.name not in self.state:
-                dtype = stored_dtype(declared) or self.precision.master
-                self.state[declared.name] = self._ledger.take("state", self.master.numel(), dtype)
+                for array in stored_arrays(declared):
+                    numel, dtype = self.master.numel() // array.per, array.dtype or self.precision.master
+                    self.state[array.name] = self._ledger.take("state", numel, dtype)
                 self.start_state(declared)
 
     def start_state(self, declared: State) -> None:
         """Let a state begin anew."""
-        if isinstance(declared.start, str):
-            self.state[declared.name].copy_(self.master)
-        else:
-            self.state[declared.name].fill_(declared.start)
+        begin(declared, self.state, self.master)
 
     # - averages
 
@@ -263,9 +264,19 @@ class Space:
         one ^= other
 
     def whole(self, run: Tensor, label: str) -> Tensor:
-        """The whole flat space of which ``run`` is what this rank owns (values, master or a state)."""
-        if run.numel() == self.padded_numel:
+        """The whole flat space of which ``run`` is what this rank owns (values, master or an array of a state)."""
+        if self.values.numel() == self.padded_numel:
             return run
-        flat = torch.empty(self.padded_numel, dtype=run.dtype, device=run.device)
+        flat = torch.empty(run.numel() * self._group.size, dtype=run.dtype, device=run.device)
         self._group.all_gather(flat, run, tag=2 * self.tag, label=f"gather of {self.where} for {label}").wait()
         return flat
+
+    def entries(self, name: str, start: int, stop: int) -> slice:
+        """Those of the array ``name`` that hold elements [start, stop)."""
+        per = SCALED_NUMEL if name in scales_among(self.state) else 1
+        return slice(start // per, -(-stop // per))
+
+    def of_slot(self, slot: Slot, name: str, flat: Tensor) -> Tensor:
+        """What the whole array ``name`` holds of a parameter: in its shape, but for scales."""
+        part = flat[self.entries(name, slot.offset, slot.end)]
+        return part if name in scales_among(self.state) else part.view(slot.shape)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from shardstep.collectives import Group, Pending
 from shardstep.errors import SequenceError
 from shardstep.optim import Optimizer
+from shardstep.rules.binding import cut_states
 from shardstep.sharding.agreement import Act, Agreement
 from shardstep.sharding.buffers import Buffers
 from shardstep.sharding.clip import global_norm
@@ -119,7 +120,7 @@ class Step:
             whole = {name: space.whole(run, f"state {name!r}") for name, run in space.state.items()}
             for slot, parameter, steps in zip(space.layout.slots, space.parameters, space.steps, strict=True):
                 if steps:
-                    cut = {name: flat[slot.offset : slot.end].view(slot.shape).clone() for name, flat in whole.items()}
+                    cut = {name: space.of_slot(slot, name, flat).clone() for name, flat in whole.items()}
                     states[parameter] = {"step": torch.tensor(float(steps)), **cut}
         return states
 
@@ -132,8 +133,9 @@ class Step:
             space.steps = steps.tolist()
             for declared in self._optimizer.flat_states:
                 space.start_state(declared)
-                if any(space.steps):
-                    space.state[declared.name].copy_(self._whole_from_rank_0(space, declared.name, state)[space.owned])
+            for name, run in space.state.items() if any(space.steps) else ():
+                flat = self._whole_from_rank_0(space, name, state)
+                run.copy_(flat[space.entries(name, space.owned.start, space.owned.stop)])
 
     def write_parameters(self, values: Mapping[nn.Parameter, Tensor]) -> None:
         """Replace parameters (and masters) by whole ``values``; every rank gives the same. Collective."""
@@ -154,7 +156,7 @@ class Step:
         flat = space.whole(space.state[name], f"state {name!r}").clone()
         for slot, parameter in zip(space.layout.slots, space.parameters, strict=True):
             if name in state.get(parameter, {}):  # groups may differ in which states they have
-                flat[slot.offset : slot.end].view(slot.shape).copy_(state[parameter][name])
+                space.of_slot(slot, name, flat).copy_(state[parameter][name])
         self._group.broadcast(flat, label=f"broadcast of state {name!r} of {space.where}")
         return flat
 
@@ -223,7 +225,7 @@ class Step:
             step=run.step,
             param=space.master[part],
             grad=gradient[part],
-            state={name: state[part] for name, state in space.state.items()},
+            state=cut_states(space.state, part.start, part.stop),
             low=None if low is None else low[part],
             grad_scale=scale,
             offset=run.start,

@@ -74,7 +74,7 @@ class Whole:
                     flat = space.whole(run, f"reading {what!r}")
                     for slot, steps in zip(space.layout.slots, space.steps, strict=True):
                         if steps or what in runs:
-                            yield slot.name, what, flat[slot.offset : slot.end].view(slot.shape)
+                            yield slot.name, what, space.of_slot(slot, what, flat)
                 for slot, steps in zip(space.layout.slots, space.steps, strict=True):
                     yield slot.name, "step", torch.tensor(steps)
 

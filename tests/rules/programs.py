@@ -86,7 +86,7 @@ def random_array(numel: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 
 def same_bits(got: torch.Tensor, want: torch.Tensor) -> bool:
     """Equal bit for bit, except that one NaN is as good as another."""
-    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
+    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
     if got.dtype != want.dtype or got.shape != want.shape:
         return False
     return bool(((got.view(words) == want.view(words)) | (got.isnan() & want.isnan())).all())

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from shardstep.rules import ir
 from shardstep.rules.backends import blocks
+from shardstep.rules.backends.dynamic8 import MAPS
 from shardstep.rules.backends.elements import constant, evaluate
 from shardstep.rules.backends.evaluation import Evaluation, exactly, last_uses, positions
-from shardstep.rules.backends.rounding import NUMPY, read, write
-from shardstep.rules.binding import Binding, PhaseKernel
+from shardstep.rules.backends.rounding import NUMPY, raw_view, read, write
+from shardstep.rules.binding import CODED, Binding, PhaseKernel, cut_states, scale_name
 
 Array = NDArray[Any]
 
@@ -60,13 +61,12 @@ class _Kernel:
         self, arrays: Mapping[str, Tensor], scalars: Sequence[float], *, offset: int = 0, low: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         numel = next(iter(arrays.values())).numel()
-        flat = {name: array.view(-1) for name, array in arrays.items()}
         flat_low = None if low is None else low.view(-1)
         parts: dict[int, list[Array]] = {number: [] for number in self._sums}
         with exactly():
             shared = self._shared(scalars)
             for start, stop in _tiles(offset, numel):
-                tile = {name: array[start:stop] for name, array in flat.items()}
+                tile = cut_states(arrays, start, stop)
                 values = self._run(tile, shared, offset + start)
                 for number, found in parts.items():
                     found.append(values[number])
@@ -96,7 +96,7 @@ class _Kernel:
                 continue
             arguments = [values[a] for a in line.arguments]
             if line.operation == "load":
-                values.append(read(tile[str(line.attributes[0])], self._binding.compute))
+                values.append(_read(tile, str(line.attributes[0]), self._binding.compute))
             elif line.operation == "index":
                 values.append(positions(position, numel, self._binding.compute))
             elif number in self._sums:
@@ -115,9 +115,25 @@ class _Kernel:
             name: values[value].astype(dtype, copy=values[value].base is not None) for name, value in self._body.stores
         }
         for name, rounded in new.items():
-            write(rounded, tile[name])
+            _write(rounded, tile, name)
             if name == "param" and low is not None:
                 write(rounded, low)
+
+
+def _read(tile: Mapping[str, Tensor], name: str, compute: torch.dtype) -> Array:
+    if tile[name].dtype not in CODED:
+        return read(tile[name], compute)
+    codes, scale = (raw_view(tile[array].cpu()) for array in (name, scale_name(name)))
+    return MAPS[tile[name].dtype].decoded(codes, scale).astype(NUMPY[compute], copy=False)
+
+
+def _write(values: Array, tile: Mapping[str, Tensor], name: str) -> None:
+    if tile[name].dtype not in CODED:
+        write(values, tile[name])
+        return
+    found = MAPS[tile[name].dtype].encoded(np.broadcast_to(values, tile[name].shape))
+    for array, part in zip((name, scale_name(name)), found, strict=True):
+        tile[array].copy_(torch.from_numpy(part))
 
 
 def _tiles(offset: int, numel: int) -> Iterator[tuple[int, int]]:

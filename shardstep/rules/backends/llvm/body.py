@@ -12,10 +12,12 @@ import torch
 from shardstep.rules.backends.blocks import LANES
 from shardstep.rules.backends.llvm.code import WORD, Code, can_write
 from shardstep.rules.backends.llvm.conversions import STORED, from_memory, to_memory
+from shardstep.rules.backends.llvm.dynamic8 import decoded
 from shardstep.rules.backends.llvm.row import RowLayout
 from shardstep.rules.backends.llvm.shared import Shared, refusal
-from shardstep.rules.binding import Binding
+from shardstep.rules.binding import CODED, Binding, scale_name
 from shardstep.rules.ir import Instruction, Phase
+from shardstep.types import SCALED_NUMEL
 
 REDUCTIONS: Final = {"sum": ("add", "0.0"), "max": ("maximum", "0xFFF0000000000000")}
 """How each combines two numbers, and what its lanes begin with."""
@@ -42,6 +44,22 @@ class Job:
     def full_lines(self) -> bool:
         """Whether vectors are aligned for ``low``: whole cache lines of 16-bit numbers can go around the caches."""
         return self.low is not None and not self.reductions
+
+    @cached_property
+    def is_scaled(self) -> bool:
+        """Whether it meets states in 8 bits."""
+        stored = dict(self.binding.stored)
+        return any(stored[name] in CODED for name in self.layout.arrays)
+
+    @cached_property
+    def encoded(self) -> tuple[tuple[str, torch.dtype], ...]:
+        """The states that it stores in 8 bits."""
+        stored = dict(self.binding.stored)
+        return tuple((name, stored[name]) for name, _ in self.phase.body.stores if stored[name] in CODED)
+
+    def place(self, array: str) -> int:
+        """The number of an array in a row."""
+        return self.layout.arrays.index(array)
 
     @property
     def width(self) -> int:
@@ -105,16 +123,37 @@ class Body:
         stored = self._stored[name]
         address = self._address(self._array(name), stored)
         value = self._code.let(f"load {self._code.type(STORED[stored])}, ptr {address}, align {stored.itemsize}")
+        if stored in CODED:
+            value = decoded(self._code, stored, value, self._scale(scale_name(name)))
+            stored = torch.float32
         return from_memory(self._code, value, stored, self._compute)
 
+    def _scale(self, name: str) -> str:
+        """One for all of these elements: a vector never reaches beyond those that share it."""
+        entry = self._code.let(f"lshr i64 {self._index}, {SCALED_NUMEL.bit_length() - 1}")
+        address = self._code.let(f"getelementptr float, ptr {self._array(name)}, i64 {entry}")
+        return self._code.splat("float", self._code.let(f"load float, ptr {address}, align 4"))
+
     def _store(self, name: str, value: str) -> None:
+        if self._stored[name] in CODED:
+            self._keep(name, value)
+            return
         self._write(self._array(name), value, self._stored[name], around_caches=False)
         if name == "param" and self._job.low is not None:
             around_caches = self._job.full_lines and self._code.width > 1
             self._write("%low", value, self._job.low, around_caches)
 
     def _array(self, name: str) -> str:
-        return f"%array{self._job.layout.arrays.index(name)}"
+        return f"%array{self._job.place(name)}"
+
+    def _keep(self, name: str, value: str) -> None:
+        """In float32 until the run is done, when the scale of all is known."""
+        code = self._code
+        if self._compute == torch.float64:
+            value = code.let(f"fptrunc {code.type('double')} {value} to {code.type('float')}")
+        place = code.let(f"sub i64 {self._index}, %begin")
+        address = code.let(f"getelementptr float, ptr %new{self._job.place(name)}, i64 {place}")
+        code.line(f"store {code.type('float')} {value}, ptr {address}, align 4")
 
     def _write(self, array: str, value: str, stored: torch.dtype, around_caches: bool) -> None:
         written = to_memory(self._code, value, stored, self._compute)

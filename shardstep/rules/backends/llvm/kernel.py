@@ -19,9 +19,10 @@ from shardstep.rules.backends.llvm.row import cuts, layout_of
 from shardstep.rules.backends.llvm.target import TargetUnsupported
 from shardstep.rules.backends.llvm.text import module_text
 from shardstep.rules.backends.llvm.threads import Call, run_all
-from shardstep.rules.binding import Binding
+from shardstep.rules.binding import CODED, Binding, scale_name
 from shardstep.rules.ir import Phase
 from shardstep.types import BLOCK_NUMEL as BLOCK
+from shardstep.types import SCALED_NUMEL
 
 if TYPE_CHECKING:
     from shardstep.rules.backends.llvm.compiler import Loaded
@@ -94,8 +95,10 @@ class LlvmKernel:
         self._run = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(loaded.address)
         stored, layout = dict(job.binding.stored), job.layout
         self._names = layout.arrays
-        # Of an element of each array, and of low.
-        self._sizes = [*(stored[name].itemsize for name in layout.arrays), job.low.itemsize if job.low else 0]
+        scales = {scale_name(name) for name in layout.arrays if stored[name] in CODED}
+        # Elements of an entry, and its bytes, of each array and of low.
+        self._sizes = [(SCALED_NUMEL if name in scales else 1, stored[name].itemsize) for name in layout.arrays]
+        self._sizes.append((1, job.low.itemsize if job.low else 0))
         self._low, self._writes_low = job.binding.low, job.low is not None
         self._reductions = layout.reductions
         self._pack = layout.format.pack
@@ -158,7 +161,7 @@ class LlvmKernel:
         """Elements ``begin`` to ``end`` of a row, as a row of their own."""
         position = row.offset + begin
         block = position // BLOCK - row.offset // BLOCK
-        moved = [address + begin * size for address, size in zip(addresses, self._sizes, strict=True)]
+        moved = [address + begin // per * size for address, (per, size) in zip(addresses, self._sizes, strict=True)]
         sums = [address + 8 * block for address in partials]
         return self._pack(*moved, end - begin, position, *sums, *row.scalars)
 

@@ -59,8 +59,7 @@ def layout_of(phase: Phase, binding: Binding) -> RowLayout:
     body = phase.body
     touched = {str(line.attributes[0]) for line in body.instructions if line.operation == "load"}
     touched |= {name for name, _ in body.stores}
-    arrays = tuple(name for name, _ in binding.stored if name in touched)
-    return RowLayout(arrays, len(phase.sums), len(phase.scalars))
+    return RowLayout(binding.arrays(touched), len(phase.sums), len(phase.scalars))
 
 
 def cuts(count: int, offset: int, length: int) -> Iterator[tuple[int, int]]:

@@ -1,8 +1,9 @@
 """A phase as a module in LLVM's text: ``run(table, count)`` goes through the rows of a table.
 
-A row is cut into *runs*: all of it, or, where there are reductions, its part of each block of the global grid. A run
-is a scalar head until the vectors are aligned, vectors, and a scalar tail; both bodies say the same. Vectors are
-aligned to the grid's 16 lanes where there are reductions, else to the cache lines of ``low``, else not at all.
+A row is cut into *runs*: all of it, or, where there are reductions, its part of each block of the global grid, or
+where there are states in 8 bits, the elements that share a scale. A run is a scalar head until the vectors are aligned,
+vectors, and a scalar tail; both bodies say the same. Vectors are aligned to the grid's 16 lanes where there are
+reductions, else to the cache lines of ``low``, else not at all. New states in 8 bits are encoded at the end of a run.
 """
 
 from typing import Final
@@ -12,8 +13,11 @@ import torch
 from shardstep.rules.backends.blocks import LANES
 from shardstep.rules.backends.llvm.body import REDUCTIONS, Body, Job
 from shardstep.rules.backends.llvm.code import Code
+from shardstep.rules.backends.llvm.dynamic8 import call_of_encoder, encoders
 from shardstep.rules.backends.llvm.shared import Shared
+from shardstep.rules.binding import scale_name
 from shardstep.types import BLOCK_NUMEL as BLOCK
+from shardstep.types import SCALED_NUMEL
 
 _ATTRIBUTES: Final = 'attributes #0 = { nounwind "min-legal-vector-width"="512" "prefer-vector-width"="512" }'
 
@@ -23,7 +27,8 @@ _DEFAULT_MXCSR: Final = 0x1F80
 
 def module_text(job: Job, x86: bool) -> str:
     """The whole module. Raises RuleError for what a phase of elements cannot have."""
-    return "\n".join([_declarations(job, x86), _row(job), _run(job, x86), _ATTRIBUTES, "!0 = !{i32 1}\n"])
+    functions = [*encoders([stored for _, stored in job.encoded], job.width), _row(job), _run(job, x86)]
+    return "\n".join([_declarations(job, x86), *functions, _ATTRIBUTES, "!0 = !{i32 1}\n"])
 
 
 def _declarations(job: Job, x86: bool) -> str:
@@ -92,7 +97,7 @@ entry:
   br i1 %empty, label %exit, label %run
 run:
   %begin = phi i64 [0, %entry], [%end, %run.done]
-{_run_in_block(job) if job.reductions else _whole_run(job)}
+{_run_in_block(job) if job.reductions else _run_of_a_scale(job) if job.is_scaled else _whole_run(job)}
   %beyond = add i64 %begin, %head
   %short = icmp ult i64 %end, %beyond
   %first = select i1 %short, i64 %end, i64 %beyond
@@ -125,7 +130,7 @@ vector.done:
 {_each(job, "store <16 x double> %held{k}, ptr %lanes{k}")}
   br label %scalar.test
 run.done:
-{_folds(job)}
+{_folds(job)}{_encodings(job)}
   %all = icmp eq i64 %end, %count
   br i1 %all, label %exit, label %run
 exit:
@@ -161,6 +166,7 @@ def _prologue(job: Job) -> str:
         lines.append(f"%lanes{k} = alloca <16 x double>")
     for k in range(layout.scalars):
         read(f"exact.s{k}", "double", layout.first_scalar + k)
+    lines += [f"%new{job.place(name)} = alloca [{SCALED_NUMEL} x float], align 64" for name, _ in job.encoded]
     return _lines(lines)
 
 
@@ -168,11 +174,22 @@ def _whole_run(job: Job) -> str:
     """The %end of the run, and the length of the %head before its vectors."""
     if not job.full_lines:
         return "  %end = add i64 %count, 0\n  %head = add i64 0, 0"
-    return """  %end = add i64 %count, 0
-  %address = ptrtoint ptr %low to i64
+    return f"  %end = add i64 %count, 0\n{_HEAD}"
+
+
+_HEAD: Final = """  %low.begin = getelementptr i16, ptr %low, i64 %begin
+  %address = ptrtoint ptr %low.begin to i64
   %back = sub i64 0, %address
   %gap = and i64 %back, 63
   %head = lshr i64 %gap, 1"""
+
+
+def _run_of_a_scale(job: Job) -> str:
+    """The same for the elements of one scale."""
+    return f"""  %beyond.scale = add i64 %begin, {SCALED_NUMEL}
+  %whole.scale = icmp ult i64 %beyond.scale, %count
+  %end = select i1 %whole.scale, i64 %beyond.scale, i64 %count
+{_HEAD if job.full_lines else "  %head = add i64 0, 0"}"""
 
 
 def _run_in_block(job: Job) -> str:
@@ -209,3 +226,17 @@ def _folds(job: Job) -> str:
         address = code.let(f"getelementptr double, ptr %partials{k}, i64 %block")
         code.line(f"store double {partial}, ptr {address}")
     return "\n".join([_lines(lines), *code.lines])
+
+
+def _encodings(job: Job) -> str:
+    """The new states in 8 bits, when a run has made all numbers that share a scale."""
+    if not job.encoded:
+        return ""
+    shift = SCALED_NUMEL.bit_length() - 1
+    lines = ["%length = sub i64 %end, %begin", f"%entry.of.scale = lshr i64 %begin, {shift}"]
+    for name, stored in job.encoded:
+        codes, scale = job.place(name), job.place(scale_name(name))
+        lines.append(f"%codes{codes} = getelementptr i8, ptr %array{codes}, i64 %begin")
+        lines.append(f"%scale{codes} = getelementptr float, ptr %array{scale}, i64 %entry.of.scale")
+        lines.append(call_of_encoder(stored, f"%new{codes}", f"%codes{codes}", f"%scale{codes}", "%length"))
+    return _lines(lines)

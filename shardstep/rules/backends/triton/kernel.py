@@ -24,7 +24,7 @@ from shardstep.rules.backends.triton.text import (
     source,
     writes_low,
 )
-from shardstep.rules.binding import Binding, PhaseKernel
+from shardstep.rules.binding import CODED, Binding, PhaseKernel
 from shardstep.rules.ir import Phase
 from shardstep.types import BLOCK_NUMEL as BLOCK
 
@@ -62,6 +62,7 @@ class _TritonKernel:
         self._arrays = tuple(arrays(phase, binding))
         self._low = writes_low(phase, binding)
         self._sums = len(reductions(phase))
+        self._scaled = any(dtype in CODED for dtype in arrays(phase, binding).values())
         self._compiled: dict[tuple[int, bool], Any] = {}
 
     def __call__(
@@ -78,6 +79,8 @@ class _TritonKernel:
         if self._sums:
             return self._reduce(tensors, numbers, offset, like)
         body = n - n % ALIGNMENT if all(_is_aligned(tensor) for tensor in tensors) else 0
+        if self._scaled and body < n:
+            body = 0  # elements that share a scale stay in one program
         for first, count in ((0, body), (body, n - body)):
             if count:
                 run = [tensor[first : first + count] for tensor in tensors]

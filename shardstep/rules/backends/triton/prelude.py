@@ -6,6 +6,8 @@
 import re
 from typing import Final
 
+from shardstep.rules.backends.triton import dynamic8
+
 _FUNCTIONS: Final = {
     "minimum": '''\
 @triton.jit
@@ -92,10 +94,11 @@ def fold_max(lanes):
 
 def needed(kernel: str) -> str:
     """The text of the functions that ``kernel`` calls."""
+    known = {**_FUNCTIONS, **dynamic8.functions()}
     wanted, texts = set[str](), [kernel]
     while texts:
         # Not after a dot: tl.minimum would be another function.
-        calls = set(re.findall(r"(?<![.\w])([a-z]\w*)\(", texts.pop())) & (_FUNCTIONS.keys() - wanted)
+        calls = set(re.findall(r"(?<![.\w])([a-z]\w*)\(", texts.pop())) & (known.keys() - wanted)
         wanted |= calls
-        texts += [_FUNCTIONS[name] for name in calls]
-    return "\n\n".join(text for name, text in _FUNCTIONS.items() if name in wanted)
+        texts += [known[name] for name in calls]
+    return "\n\n".join(text for name, text in known.items() if name in wanted)

@@ -13,9 +13,18 @@ import torch
 
 from shardstep.errors import RuleError
 from shardstep.rules.backends.blocks import LANES
-from shardstep.rules.backends.triton.operations import NAMES, WORDS, constant, loaded, pointwise, stored
+from shardstep.rules.backends.triton.operations import (
+    NAMES,
+    WORDS,
+    constant,
+    decoded,
+    encoded,
+    loaded,
+    pointwise,
+    stored,
+)
 from shardstep.rules.backends.triton.prelude import needed
-from shardstep.rules.binding import Binding
+from shardstep.rules.binding import CODED, Binding, scale_name
 from shardstep.rules.ir import Instruction, Phase
 from shardstep.types import BLOCK_NUMEL as BLOCK
 
@@ -66,7 +75,8 @@ def arrays(phase: Phase, binding: Binding) -> dict[str, torch.dtype]:
     """The dtype of each array that the phase loads or stores, in the binding's order."""
     used = {str(line.attributes[0]) for line in phase.body.instructions if line.operation == "load"}
     used |= {name for name, _ in phase.body.stores}
-    found = {name: dtype for name, dtype in binding.stored if name in used}
+    dtypes = dict(binding.stored)
+    found = {name: dtypes[name] for name in binding.arrays(used)}
     for name in sorted(used):
         if phase.body.shapes[name] != "element":
             raise RuleError(
@@ -98,7 +108,11 @@ def arguments(phase: Phase, binding: Binding) -> dict[str, str]:
 
 
 def _signature(dtype: torch.dtype) -> str:
-    return {"tl.bfloat16": "bf16"}.get(NAMES[dtype], NAMES[dtype].replace("tl.float", "fp"))
+    named = NAMES[dtype].removeprefix("tl.")
+    for word, letter in (("bfloat", "bf"), ("float", "fp"), ("uint", "u"), ("int", "i")):
+        if named.startswith(word):
+            return named.replace(word, letter)
+    return named
 
 
 def _lines(phase: Phase, binding: Binding) -> list[str]:
@@ -110,6 +124,9 @@ def _lines(phase: Phase, binding: Binding) -> list[str]:
         lines.append(text + (f"  # line {line.place.line}" if line.place else ""))
     dtypes = arrays(phase, binding)
     for name, value in phase.body.stores:
+        if dtypes[name] in CODED:
+            lines += encoded(name, f"v{value}", dtypes[name], binding.compute)
+            continue
         lines.append(stored(f"at_{name} + i", f"v{value}", dtypes[name], binding.compute))
         if name == "param" and binding.low is not None:
             lines.append(stored("low + i", f"v{value}", binding.low, binding.compute))
@@ -122,7 +139,10 @@ def _instruction(phase: Phase, binding: Binding, number: int, line: Instruction,
         return _accumulate(line, number)
     if line.operation == "load":
         name = str(line.attributes[0])
-        return f"v{number} = {loaded(f'at_{name} + i', dict(binding.stored)[name], compute)}"
+        dtype = dict(binding.stored)[name]
+        if dtype in CODED:
+            return f"v{number} = {decoded(f'at_{name}', f'at_{scale_name(name)}', dtype, compute)}"
+        return f"v{number} = {loaded(f'at_{name} + i', dtype, compute)}"
     if line.operation == "const":
         return f"v{number} = {constant(line, shape, compute)}"
     if line.operation == "hyper":
