@@ -203,7 +203,7 @@ class CompiledRule:
         new = reference.run_whole(program, arrays, hypers, compute=compute, offset=segment.offset)
         for name, values in new.items():
             if name in segment.state and segment.state[name].dtype in CODED:
-                codes, scale = encode(values.view(-1), segment.state[name].dtype)
+                codes, scale = encode(values.view(segment.state[name].shape), segment.state[name].dtype)
                 segment.state[name].copy_(codes)
                 segment.state[scale_name(name)].copy_(scale)
             else:

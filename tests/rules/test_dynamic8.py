@@ -17,7 +17,7 @@ from shardstep.rules.backends.llvm import kernel
 from shardstep.rules.binding import Binding
 from shardstep.rules.ir import Phase, parse_text
 from shardstep.rules.lower import program_of
-from shardstep.rules.passes import compile_phases, truths
+from shardstep.rules.passes import compile_phases, compile_truths
 from shardstep.rules.scalars import compile_scalars
 from shardstep.types import Batch, Segment
 from tests.rules.examples import lamb
@@ -134,7 +134,7 @@ def phases_of(rule_, compute=F32):
     """With the hyper-parameters that make its scalars."""
     program = program_of(rule_)
     hypers = {**rule_.hyperparameters, "step": 3, "grad_scale": 0.3}
-    return compile_phases(program, truths(program, hypers), compute), hypers
+    return compile_phases(program, compile_truths(program)(hypers), compute), hypers
 
 
 ADAMW8 = AdamW8bit.rule
@@ -364,10 +364,10 @@ def segment_with(**changed):
     ("changed", "said"),
     [
         ({"offset": 128}, "begin at a multiple of 256 elements, got one at 128"),
-        ({"exp_avg_scale": None}, r"scales 'exp_avg_scale' of shape \(2,\) on cpu, got none"),
-        ({"exp_avg_scale": torch.zeros(1)}, r"scales 'exp_avg_scale' of shape \(2,\) on cpu, got shape \(1,\) on cpu"),
+        ({"exp_avg_scale": None}, r"scales for states in 8 bits, got none called \['exp_avg_scale'\]"),
+        ({"exp_avg_scale": torch.zeros(1)}, r"scales 'exp_avg_scale' of shape \(2,\) on cpu, got shape \(1,\)"),
         ({"exp_avg_sq_scale": torch.zeros(2, dtype=F64)}, "scales 'exp_avg_sq_scale' as float32, got torch.float64"),
-        ({"exp_avg": torch.zeros(299, dtype=SIGNED)}, "flat contiguous arrays of 300 elements"),
+        ({"exp_avg": torch.zeros(299, dtype=SIGNED)}, "expected contiguous arrays of 300 elements"),
     ],
 )
 def test_segments_that_do_not_fit_are_refused(changed, said):
