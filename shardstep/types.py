@@ -4,8 +4,8 @@ Nothing here computes, and nothing here knows where a gradient came from or who 
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Final, Protocol
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -22,7 +22,8 @@ class Segment:
     float64) master; each ``state`` has its dtype, or is bfloat16 or float16; ``grad`` may be of any floating dtype and
     is multiplied by ``grad_scale`` on the way in; ``low``, if any, receives the new parameters rounded to its dtype.
     ``offset`` is the place of element 0 in its flat space, which does not depend on who owns what. ``shape`` is the
-    whole tensor's where the segment is a part of one tensor, and None where it may run over several.
+    whole tensor's where the segment is a part of one tensor, and None where it may run over several; ``start`` is then
+    the place of element 0 in that tensor, and ``tensor_state`` holds its states that are not of elements, whole.
 
     ``param`` may also be bfloat16 or float16, without a master: then all is computed in float32, and the new
     parameters are rounded stochastically if there is a ``seed``, else to nearest even. The noise is a function of
@@ -39,21 +40,36 @@ class Segment:
     offset: int = 0
     shape: tuple[int, ...] | None = None
     seed: int | None = None
+    start: int = 0
+    tensor_state: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Update(NamedTuple):
+    """Of one tensor: its group, its step count with this update, and its shape."""
+
+    group: int
+    step: int
+    shape: tuple[int, ...]
 
 
 @dataclass
 class Batch:
     """Segments that are updated together: those of one flat space.
 
-    ``updated``: (group, step) of every tensor of the space that is updated now, on this rank or another.
-    ``combine`` takes, for each segment, ``count`` sums over its blocks of 1,024 places (float64, one value for each
-    block that it touches; it may give fewer sums), and returns the same for the whole tensors that the segments are
-    parts of, in order. Every rank calls it equally often, also without segments.
+    ``updated``: every tensor of the space that is updated now, on this rank or another, in order.
+    ``combine`` makes whole tensors' reductions of their parts'. It takes, for each segment, what its reductions gave
+    (float64: a value for each block of 1,024 places that it touches, or for each row or column), and the names of
+    those operations for each entry of ``updated``; it returns the same for the tensors that the segments are parts
+    of: all of their blocks in order, or all of their rows or columns. Every rank calls it equally often, also without
+    segments.
     """
 
     segments: list[Segment]
-    updated: list[tuple[int, int]]
-    combine: Callable[[list[list[Tensor]], int], list[list[Tensor]]]
+    updated: list[Update]
+    combine: "Combine"
+
+
+Combine = Callable[[list[list[Tensor]], list[tuple[str, ...]]], list[list[Tensor]]]
 
 
 class FlatSource(Protocol):

@@ -21,7 +21,7 @@ from shardstep.rules.binding import compute_dtype
 from shardstep.rules.compiled import compile_rule
 from shardstep.rules.ir import State
 from shardstep.rules.show import explain
-from shardstep.types import Batch, FlatSource, Segment
+from shardstep.types import Batch, FlatSource, Segment, Update
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -46,11 +46,17 @@ class Optimizer(torch.optim.Optimizer):
                 raise ConfigError("expected parameters to optimize, got none; does the model have any?")
         super().__init__(params, _complete(self.rule, hyperparameters))
 
+    def states_of(self, ndim: int) -> tuple[State, ...]:
+        """The states that a param of so many dimensions has with the flags of any group, in order."""
+        compiled = compile_rule(self.rule)
+        used = {state.name for group in self.param_groups for state in compiled.states(group, ndim)}
+        return tuple(state for state in self.rule.declared if state.name in used)
+
     @property
     def states(self) -> tuple[State, ...]:
-        """The states that the rule has with the flags of any group, in order."""
-        compiled = compile_rule(self.rule)
-        used = {state.name for group in self.param_groups for state in compiled.states(group)}
+        """The states that any param has, in order."""
+        params = (param for group in self.param_groups for param in group["params"])
+        used = {state.name for ndim in {param.ndim for param in params} for state in self.states_of(ndim)}
         return tuple(state for state in self.rule.declared if state.name in used)
 
     @property
@@ -58,16 +64,18 @@ class Optimizer(torch.optim.Optimizer):
         """Their names."""
         return tuple(state.name for state in self.states)
 
-    @property
-    def flat_states(self) -> tuple[State, ...]:
-        """The states, if shards can hold them. Raises ConfigError for a rule that looks at rows or whole matrices."""
-        compiled, states = compile_rule(self.rule), self.states
-        if compiled.needs_whole_tensors:
+    def check_shardable(self) -> None:
+        """Raise ConfigError for a rule that looks at whole matrices."""
+        compiled = compile_rule(self.rule)
+        if compiled.locality == "matrix":
             raise ConfigError(
-                f"expected a rule over elements or with sums over whole tensors to shard, got {self.rule.name!r}, "
-                f"which is {compiled.locality} ({compiled.reason}); such rules run unsharded so far"
+                f"expected a rule over elements or with sums over tensors, rows or columns to shard, got "
+                f"{self.rule.name!r}, which is {compiled.locality} ({compiled.reason}); such rules run unsharded so far"
             )
-        return states
+
+    def hypers_of(self, group: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The hyper-parameters of the rule, for a group; those of the same names unless a class knows better."""
+        return group
 
     def check_group(self, group: Mapping[str, Any], where: str) -> None:
         """Raise ConfigError if a hyper-parameter of ``group`` is out of range; ``where`` names the group."""
@@ -141,8 +149,9 @@ class Optimizer(torch.optim.Optimizer):
                 self._step_alone()
             else:
                 compiled = compile_rule(self.rule)
-                for batch in self._source.batches(per_tensor=compiled.locality != "elementwise"):
-                    compiled.update(batch, self.param_groups)
+                groups = [self.hypers_of(group) for group in self.param_groups]
+                for batch in self._source.batches(per_tensor=compiled.is_by_tensor):
+                    compiled.update(batch, groups)
         return loss
 
     def _step_alone(self) -> None:
@@ -157,15 +166,16 @@ class Optimizer(torch.optim.Optimizer):
                         f"{param.grad.layout}; build the layer with sparse=False"
                     )
                 segments.append(self._segment(param, index, converted))
-        updated = [(segment.group, segment.step) for segment in segments]
-        compile_rule(self.rule).update(Batch(segments, updated, lambda sums, _: sums), self.param_groups)
+        updated = [Update(segment.group, segment.step, segment.shape or ()) for segment in segments]
+        groups = [self.hypers_of(group) for group in self.param_groups]
+        compile_rule(self.rule).update(Batch(segments, updated, lambda sums, _: sums), groups)
         for param, master in converted:
             param.copy_(master)
         increment_version([segment.param for segment in segments])  # autograd cannot see what a kernel writes
 
     def _segment(self, param: Tensor, index: int, converted: list[tuple[Tensor, Tensor]]) -> Segment:
         """One whole tensor; ``converted`` gains (param, master) if its new values must be copied back."""
-        data, dtype = param.detach(), compute_dtype(param)
+        data, dtype, elements = param.detach(), compute_dtype(param), self.rule.element_states
         state = self.state[param] or self._start(param, self.param_groups[index])
         state["step"] += 1
         master = data
@@ -177,20 +187,21 @@ class Optimizer(torch.optim.Optimizer):
             step=int(state["step"]),
             param=master.view(-1),
             grad=cast(Tensor, param.grad).detach().reshape(-1),
-            state={name: values.view(-1) for name, values in state.items() if name != "step"},
+            state={name: values.view(-1) for name, values in state.items() if name in elements},
             low=None,
             grad_scale=1.0,
             shape=tuple(param.shape),
+            tensor_state={name: values for name, values in state.items() if name != "step" and name not in elements},
         )
 
     def explain(self, segment: Segment, index: int) -> str:
         """Which line of the rule makes the first infinity or NaN when element ``index`` of ``segment`` is updated."""
-        if compile_rule(self.rule).locality != "elementwise":
+        if compile_rule(self.rule).is_by_tensor:
             return "which line made it is known for elementwise rules only"
         compute = compute_dtype(segment.param)
         grad = segment.grad[index].to(compute) * segment.grad_scale
         arrays = {"param": segment.param[index], "grad": grad, **{n: s[index] for n, s in segment.state.items()}}
-        hypers = {**self.param_groups[segment.group], "step": segment.step}
+        hypers = {**self.hypers_of(self.param_groups[segment.group]), "step": segment.step}
         values = {**dict.fromkeys(self.rule.states, 0.0), **{name: value.item() for name, value in arrays.items()}}
         return explain(self.rule, values, hypers, compute)
 
@@ -198,7 +209,7 @@ class Optimizer(torch.optim.Optimizer):
         """The first state of ``param``, which is kept from now on."""
         state: dict[str, Tensor] = self.state[param]
         state["step"] = torch.zeros((), dtype=torch.float32)
-        for declared in compile_rule(self.rule).states(group):
+        for declared in compile_rule(self.rule).states(group, param.ndim):
             state[declared.name] = start_of(declared, param)
         return state
 

@@ -2,7 +2,6 @@
 is changed. Nothing here changes an optimizer.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,21 +14,27 @@ from shardstep.rules import Rule
 from shardstep.rules.binding import compute_dtype, stored_dtype
 from shardstep.rules.compiled import compile_rule
 from shardstep.rules.ir import State
-
-
-def shape_of(declared: State, param: Tensor) -> tuple[int, ...]:
-    """The shape of a state of ``param``; its rows are its first dimension, its columns all the others."""
-    shape = tuple(param.shape)
-    rows, columns = shape[:1] or (1,), (math.prod(shape[1:]),)
-    return {"element": shape, "row": rows, "column": columns}.get(declared.shape, ())
+from shardstep.rules.view import state_shape
 
 
 def start_of(declared: State, param: Tensor) -> Tensor:
     """A new state of ``param``."""
-    dtype = stored_dtype(declared) or compute_dtype(param)
     if isinstance(declared.start, str):
+        dtype = state_dtype(declared, param)
         return param.detach().to(dtype, memory_format=torch.contiguous_format, copy=True)
-    return torch.full(shape_of(declared, param), declared.start, dtype=dtype, device=param.device)
+    shape = state_shape(declared.shape, tuple(param.shape))
+    dtype, device = state_dtype(declared, param), state_device(declared, param)
+    return torch.full(shape, declared.start, dtype=dtype, device=device)
+
+
+def state_dtype(declared: State, param: Tensor) -> torch.dtype:
+    """What a state of ``param`` is stored in: one number for a tensor, in float32 as torch keeps ``step``."""
+    return stored_dtype(declared) or (torch.float32 if declared.shape == "tensor" else compute_dtype(param))
+
+
+def state_device(declared: State, param: Tensor) -> torch.device:
+    """Where it lies: one number for a tensor, on the CPU."""
+    return torch.device("cpu") if declared.shape == "tensor" else param.device
 
 
 def check_loaded(
@@ -56,8 +61,8 @@ def check_loaded(
             )
     owned: dict[Any, tuple[nn.Parameter, Sequence[State]]] = {}
     for group, own in zip(saved, groups, strict=True):
-        states = compile_rule(rule).states(group)
-        owned.update(zip(group["params"], ((param, states) for param in own["params"]), strict=True))
+        for key, param in zip(group["params"], own["params"], strict=True):
+            owned[key] = param, compile_rule(rule).states(group, param.ndim)
     unowned = state_dict["state"].keys() - owned.keys()
     if unowned:
         raise ConfigError(
@@ -77,12 +82,12 @@ def _taken(state: Mapping[str, Any], param: Tensor, states: Sequence[State], key
     # Copies: state is updated in place, and the caller keeps the dict.
     taken = {"step": torch.as_tensor(state["step"]).to("cpu", torch.float32, copy=True).reshape(())}
     for declared in states:
-        values, shape = state[declared.name], shape_of(declared, param)
+        values, shape = state[declared.name], state_shape(declared.shape, tuple(param.shape))
         if values.shape != shape:
             raise ConfigError(
                 f"expected {declared.name} of shape {shape} for parameter {key}, got "
                 f"{tuple(values.shape)}; the state dict belongs to another model"
             )
-        dtype = stored_dtype(declared) or compute_dtype(param)
-        taken[declared.name] = values.to(param.device, dtype, copy=True, memory_format=torch.contiguous_format)
+        dtype, device = state_dtype(declared, param), state_device(declared, param)
+        taken[declared.name] = values.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     return taken

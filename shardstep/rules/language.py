@@ -15,6 +15,7 @@ import math
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, NoReturn, TypeAlias, get_args
 
 from shardstep.errors import RuleError
@@ -30,8 +31,12 @@ Hyperparameters: TypeAlias = Mapping[str, float | tuple[float, ...] | None]
 _PUT_IN: Final = frozenset({"grad_scale", "rounding_key"})
 """Hyper-parameters that the compiler adds: what the gradient is multiplied by, and the key of stochastic rounding."""
 
-RESERVED: Final = _PUT_IN | {"step"}
-"""Names with a meaning of their own; ``step`` is the count of updates from 1."""
+GIVEN: Final = ("step", "ndim", "machine_eps")
+"""Hyper-parameters that are there by themselves: the count of updates from 1, the param's number of dimensions, and
+what 1 and the next larger number that the rule computes with differ by."""
+
+RESERVED: Final = _PUT_IN | frozenset(GIVEN)
+"""Names with a meaning of their own."""
 
 _LARGEST: Final = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float32": 3.4028234663852886e38}
 _SMALLEST: Final = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-149}
@@ -64,7 +69,7 @@ class Rule:
     """The equations of one update step.
 
     ``declared``: the state arrays, in order; ``states``: their names. ``hyperparameters``: name to default, None where
-    the caller must give one; ``step``, the count of updates from 1, is not among them.
+    the caller must give one; those of `GIVEN` are not among them.
     """
 
     name: str
@@ -75,6 +80,11 @@ class Rule:
     @property
     def states(self) -> tuple[str, ...]:
         return tuple(declared.name for declared in self.declared)
+
+    @cached_property
+    def element_states(self) -> frozenset[str]:
+        """The names of those with one value for each element."""
+        return frozenset(declared.name for declared in self.declared if declared.shape == "element")
 
     @property
     def place(self) -> str:
@@ -151,7 +161,7 @@ def _states(function: types.FunctionType, arrays: list[inspect.Parameter]) -> tu
 def _declared(function: types.FunctionType, argument: inspect.Parameter) -> State:
     name, given = argument.name, argument.default
     if name in RESERVED:
-        _refuse(function, name, "E28", f"expected {name!r} after *, got it as a state", "it counts updates by itself")
+        _refuse(function, name, "E28", f"expected {name!r} after *, got it as a state", "it is given by itself")
     if not isinstance(given, _Start):
         text = f"expected the state {name!r} to start from zeros or state(...), got {argument}"
         hint = f"write {name}=zeros, or put it after * if it is a hyper-parameter"
@@ -187,11 +197,11 @@ def _defaults(
 ) -> dict[str, float | tuple[float, ...] | None]:
     defaults: dict[str, float | tuple[float, ...] | None] = {}
     for scalar in scalars:
-        if scalar.name != "step":
+        if scalar.name not in GIVEN:
             defaults[scalar.name] = None if scalar.default is scalar.empty else _default(function, scalar)
         elif scalar.default is not scalar.empty:
-            text = f"expected 'step' without a default, got {scalar}"
-            _refuse(function, scalar.name, "E28", text, "it is always given: the count of updates from 1")
+            text = f"expected {scalar.name!r} without a default, got {scalar}"
+            _refuse(function, scalar.name, "E28", text, "it is always given")
     return defaults
 
 

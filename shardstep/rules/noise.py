@@ -64,5 +64,6 @@ def between_turns(segment: Segment) -> Iterator[Segment]:
             state={name: state[part] for name, state in segment.state.items()},
             low=None if segment.low is None else segment.low[part],
             offset=segment.offset + start,
+            start=segment.start + start,
         )
         start = stop

@@ -18,6 +18,7 @@ from shardstep.layout import Layout
 from shardstep.sharding.hooks import begins_backward
 from shardstep.sharding.memory import Bytes, Ledger
 from shardstep.sharding.reduce import Home, Partial, Tree
+from shardstep.sharding.tensor_states import States, dtype_of, in_all, in_some, kept_numel
 
 
 @dataclass(frozen=True)
@@ -28,19 +29,17 @@ class SpaceSize:
     precision: Precision
     trained: bool
     stage: Stage
+    states: States
 
 
 @dataclass(frozen=True)
 class Formula:
-    """``units`` holds the spaces of each unit in declared order, the root first; ``states`` what each state of the
-    rule is stored in (None: the master's dtype).
-    """
+    """``units`` holds the spaces of each unit in declared order, the root first."""
 
     units: list[list[SpaceSize]]
     world_size: int
     own_leaves: int
     prefetch: int
-    states: tuple[torch.dtype | None, ...]
     schedule: Schedule
     rank: int
 
@@ -98,12 +97,20 @@ class Formula:
 
     def _state(self) -> int:
         """The rule's states and, for low-precision parameters, the master."""
-        return sum(self._owned(space) * self._state_bytes(space.precision) for space in self._trained())
+        return sum(self._state_bytes(space) for space in self._trained())
 
-    def _state_bytes(self, precision: Precision) -> int:
-        """Of one element."""
-        kept = [None] if precision.master != precision.params else []
-        return sum((dtype or precision.master).itemsize for dtype in (*self.states, *kept))
+    def _state_bytes(self, space: SpaceSize) -> int:
+        master, owned = space.precision.master, self._owned(space)
+        kept = [master.itemsize] if master != space.precision.params else []
+        kept += [dtype_of(declared, master).itemsize for declared in in_all(space.states)]
+        first = self.rank * owned if space.stage.shard_state else 0
+        by_tensor = sum(
+            kept_numel(declared, slot, slice(first, first + owned)) * dtype_of(declared, master).itemsize
+            for declared in in_some(space.states)
+            for slot, states in zip(space.layout.slots, space.states, strict=True)
+            if declared in states
+        )
+        return owned * sum(kept) + by_tensor
 
     def _gradients(self) -> int:
         """Kept leaves, partial sums, and what is in flight, followed through the events of one step."""

@@ -15,7 +15,6 @@ from shardstep.config import Precision, Schedule, StageChoice, UnitChoice, check
 from shardstep.errors import ConfigError, OwnershipError, RankMismatchError
 from shardstep.layout import fingerprint
 from shardstep.optim import Optimizer
-from shardstep.rules.binding import stored_dtype
 from shardstep.sharding.agreement import Agreement
 from shardstep.sharding.attached import Attached
 from shardstep.sharding.batches import BatchPlan, Collate, MapDataset, MicroBatch, micro_batches
@@ -27,6 +26,7 @@ from shardstep.sharding.memory import Bytes, Ledger
 from shardstep.sharding.nonfinite import NonFiniteTrace
 from shardstep.sharding.space import Space
 from shardstep.sharding.step import Step
+from shardstep.sharding.tensor_states import States
 from shardstep.sharding.unit import Unit
 from shardstep.sharding.units import UnitPlan, plan_units
 from shardstep.sharding.whole import ATTRIBUTE, Whole
@@ -154,7 +154,7 @@ def shard(
     built = _build(plans, ranks, ledger)
     trained = [space for unit in built for space in unit.spaces if space.trained]
     for space in trained:
-        space.make_state(optimizer.flat_states)
+        space.make_state(_states(space, optimizer))
     flags = sum(len(space.parameters) for space in trained) + len(buffers.owners)
     agreement = Agreement(ranks, flags)
     gradients = Gradients(trained, ranks, ledger, schedule_, agreement)
@@ -165,10 +165,17 @@ def shard(
     for module in model.modules():
         setattr(module, ATTRIBUTE, whole)
     optimizer.attach(step)
-    sizes = [[SpaceSize(s.layout, s.precision, s.trained, s.stage) for s in unit.spaces] for unit in built]
-    states = tuple(stored_dtype(declared) for declared in optimizer.flat_states)
-    formula = Formula(sizes, ranks.size, 1, prefetch, states, schedule_, ranks.rank)
+    sizes = [
+        [SpaceSize(s.layout, s.precision, s.trained, s.stage, _states(s, optimizer)) for s in unit.spaces]
+        for unit in built
+    ]
+    formula = Formula(sizes, ranks.size, 1, prefetch, schedule_, ranks.rank)
     return Sharded(built, ranks, ledger, gradients, step, formula)
+
+
+def _states(space: Space, optimizer: Optimizer) -> States:
+    """Those of each parameter of a space."""
+    return [optimizer.states_of(parameter.ndim) for parameter in space.parameters]
 
 
 def _build(plans: list[UnitPlan], group: Group, ledger: Ledger) -> list[Unit]:
@@ -196,7 +203,7 @@ def _check_arguments(
         raise ConfigError("expected a model that is not sharded yet, but shard() was already called on this one")
     if any(getattr(module, ATTRIBUTE, None) is not None for module in model.modules()):
         raise ConfigError("expected a model that is not sharded yet, but shard() was already called on a part of it")
-    _ = optimizer.flat_states  # raises for a rule that needs whole tensors
+    optimizer.check_shardable()
     if optimizer.attached:
         raise ConfigError("expected an optimizer that is not sharded yet, got one that is; make one for this model")
     if not any(True for _ in model.parameters()):

@@ -5,7 +5,8 @@
     shard    shard numel    this rank's run of the parameters; a view of ``flat`` below stage 3.
     values   owned numel    what the rule's result is written to: ``flat`` at stage 0, else ``shard``.
     master   owned numel    what the rule updates: ``values`` itself, or a wider copy of it.
-    state    owned numel    one buffer per named state of the rule, in its declared dtype or the master's.
+    state    owned numel    one buffer per named state of the rule, in its declared dtype or the master's;
+                            what is kept tensor by tensor is in `tensor_states`.
     leaf     padded numel   the gradient of the current micro-batch; kept between steps below stage 2.
     tree     shard numel    partial sums of all ranks' leaves over this rank's run.
     local    padded numel   partial sums of this rank's own leaves (schedule per step).
@@ -19,11 +20,11 @@ from torch import Tensor, nn
 from shardstep.collectives import Group, Pending
 from shardstep.config import Precision, Stage
 from shardstep.layout import Layout
-from shardstep.rules.binding import stored_dtype
 from shardstep.rules.ir import State
 from shardstep.sharding.freed import FreedParameter
 from shardstep.sharding.memory import Ledger
 from shardstep.sharding.reduce import Tree
+from shardstep.sharding.tensor_states import States, TensorStates, dtype_of, in_all
 
 
 class Space:
@@ -50,6 +51,8 @@ class Space:
         self.tree = Tree(ledger, precision.master)
         self.local = Tree(ledger, precision.master)
         self.state: dict[str, Tensor] = {}
+        self.declared: tuple[State, ...] = ()
+        """The states in ``state``."""
         self.is_whole = True
         self.held = 0
         """How many ``gathered`` blocks keep the parameters whole."""
@@ -203,12 +206,17 @@ class Space:
 
     # - optimizer state
 
-    def make_state(self, states: tuple[State, ...]) -> None:
-        """Allocate and start the states of the rule over what this rank owns."""
-        for declared in states:
-            dtype = stored_dtype(declared) or self.precision.master
+    def make_state(self, states: States) -> None:
+        """Allocate and start the states of each parameter over what this rank owns."""
+        self.declared = in_all(states)
+        for declared in self.declared:
+            dtype = dtype_of(declared, self.precision.master)
             self.state[declared.name] = self._ledger.take("state", self.master.numel(), dtype)
             self.start_state(declared)
+        owned = [self.owned] * self._group.size
+        if self.stage.shard_state:
+            owned = [slice(r * self.shard_numel, (r + 1) * self.shard_numel) for r in range(self._group.size)]
+        self.by_tensor = TensorStates(self.layout, states, self.master, owned, self._group, self._ledger)
 
     def start_state(self, declared: State) -> None:
         """Let a state begin anew."""

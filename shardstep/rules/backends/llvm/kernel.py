@@ -19,7 +19,7 @@ from shardstep.rules.backends.llvm.row import cuts, layout_of
 from shardstep.rules.backends.llvm.target import TargetUnsupported
 from shardstep.rules.backends.llvm.text import module_text
 from shardstep.rules.backends.llvm.threads import Call, run_all
-from shardstep.rules.binding import Binding
+from shardstep.rules.binding import Binding, Lines
 from shardstep.rules.ir import Phase
 from shardstep.types import BLOCK_NUMEL as BLOCK
 
@@ -45,6 +45,7 @@ class Row(NamedTuple):
     scalars: Sequence[float]
     offset: int = 0
     low: Tensor | None = None
+    lines: Lines | None = None
 
 
 def compile_phase(phase: Phase, binding: Binding, *, target: str | None = None) -> "LlvmKernel":
@@ -101,7 +102,13 @@ class LlvmKernel:
         self._pack = layout.format.pack
 
     def __call__(
-        self, arrays: Mapping[str, Tensor], scalars: Sequence[float], *, offset: int = 0, low: Tensor | None = None
+        self,
+        arrays: Mapping[str, Tensor],
+        scalars: Sequence[float],
+        *,
+        offset: int = 0,
+        low: Tensor | None = None,
+        lines: Lines | None = None,
     ) -> tuple[Tensor, ...]:
         """Run it in place on one tensor; see `PhaseKernel`."""
         if self._reductions or arrays[self._names[0]].numel() > WORTH_THREADS:

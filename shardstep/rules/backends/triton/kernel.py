@@ -24,7 +24,7 @@ from shardstep.rules.backends.triton.text import (
     source,
     writes_low,
 )
-from shardstep.rules.binding import Binding, PhaseKernel
+from shardstep.rules.binding import Binding, Lines, PhaseKernel
 from shardstep.rules.ir import Phase
 from shardstep.types import BLOCK_NUMEL as BLOCK
 
@@ -65,7 +65,13 @@ class _TritonKernel:
         self._compiled: dict[tuple[int, bool], Any] = {}
 
     def __call__(
-        self, arrays: Mapping[str, Tensor], scalars: Sequence[float], *, offset: int = 0, low: Tensor | None = None
+        self,
+        arrays: Mapping[str, Tensor],
+        scalars: Sequence[float],
+        *,
+        offset: int = 0,
+        low: Tensor | None = None,
+        lines: Lines | None = None,
     ) -> tuple[Tensor, ...]:
         tensors = [arrays[name] for name in self._arrays]
         if self._low:
