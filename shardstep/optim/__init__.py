@@ -4,7 +4,8 @@ This room never hears of ranks: an optimizer works alone on one device, or is ha
 ``FlatSource``.
 """
 
+from shardstep.optim.adafactor import Adafactor
 from shardstep.optim.adamw import AdamW
 from shardstep.optim.optimizer import Optimizer
 
-__all__ = ["AdamW", "Optimizer"]
+__all__ = ["Adafactor", "AdamW", "Optimizer"]

@@ -313,8 +313,6 @@ def _back_end(device: torch.device) -> Callable[[Phase, Binding], PhaseKernel]:
 
 
 def _llvm_or_reference(phase: Phase, binding: Binding) -> PhaseKernel:
-    if phase.has_lines:
-        return reference.compile_phase(phase, binding)
     try:
         return llvm.compile_phase(phase, binding)
     except llvm.TargetUnsupported as error:

@@ -2,11 +2,13 @@
 
 import math
 import random
+from functools import partial
 
 import pytest
 import torch
 
 from shardstep.errors import RuleError
+from shardstep.rules import ir
 from shardstep.rules.backends import llvm, reference
 from shardstep.rules.backends.reference import run_whole
 from shardstep.rules.passes import compile_truths, stages
@@ -59,3 +61,56 @@ def test_random_programs_give_the_bits_of_the_whole_evaluation(seed, name):
     run_in_parts(phases, got, HYPERS, make, places, compute=compute, offset=offset)
     for key in arrays:
         assert same_bits(got[key], want.get(key, arrays[key])), key
+
+
+def sums_of_lines(compute):
+    """The largest and the sum of each row and column, and a param made of them."""
+    states = [ir.State("row", "row"), ir.State("column", "column"), ir.State("top", "row"), ir.State("left", "column")]
+    build = ir.Builder({"param": "element", "grad": "element", **{state.name: state.shape for state in states}})
+    grad = build.load("grad")
+    row, column = build.emit("row_sum", grad), build.emit("column_sum", grad)
+    values = [row, column, build.emit("row_max", grad), build.emit("column_max", grad)]
+    stores = [(state.name, value) for state, value in zip(states, values, strict=True)]
+    stores.append(("param", build.emit("mul", row, column)))
+    program = ir.verify(ir.Program("lines", tuple(states), (), tuple(build.instructions), tuple(stores)))
+    return program, phases_of(program, HYPERS, compute)
+
+
+@pytest.mark.parametrize("compute", [F32, F64], ids=str)
+@pytest.mark.parametrize("shape", [(37, 100), (3, 50, 21), (30, 10, 3, 3), (1, 3000)], ids=str)
+def test_no_cut_changes_a_bit(shape, compute):
+    program, phases = sums_of_lines(compute)
+    arrays = arrays_for(program, shape, compute, seed=1)
+    want = run_whole(scale_gradient(program), arrays, HYPERS, compute=compute)
+    rng, numel = random.Random(5), math.prod(shape)
+    for _ in range(125):
+        places = sorted(rng.sample(range(1, numel), rng.randrange(1, 6)))
+        got = {name: array.clone() for name, array in arrays.items()}
+        run_in_parts(phases, got, HYPERS, llvm.compile_phase, places, compute=compute)
+        assert all(same_bits(got[name], want[name]) for name in want), places
+
+
+@pytest.mark.parametrize("target", ["sse2", "avx2", "avx512"])
+def test_every_machine_gives_the_same_bits(target):
+    program, phases = sums_of_lines(F32)
+    arrays = arrays_for(program, (37, 100), F32, seed=4)
+    want = run_whole(scale_gradient(program), arrays, HYPERS, compute=F32)
+    try:
+        run_in_parts(phases, arrays, HYPERS, partial(llvm.compile_phase, target=target), compute=F32)
+    except llvm.TargetUnsupported as error:
+        pytest.skip(str(error))
+    assert all(same_bits(arrays[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("shape", [(1100, 1000), (40, 170, 170)], ids=str)
+def test_threads_change_nothing(shape, monkeypatch):
+    program, phases = sums_of_lines(F32)
+    arrays = arrays_for(program, shape, F32, seed=1)
+    results = []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        results.append({name: array.clone() for name, array in arrays.items()})
+        run_in_parts(phases, results[-1], HYPERS, llvm.compile_phase, compute=F32)
+    assert all(same_bits(results[0][name], other[name]) for other in results[1:] for name in arrays)
+    want = run_whole(scale_gradient(program), arrays, HYPERS, compute=F32)
+    assert all(same_bits(results[0][name], want[name]) for name in want)

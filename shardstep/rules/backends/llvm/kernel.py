@@ -5,6 +5,7 @@ Small calls must be cheap, so whatever can be known beforehand is.
 
 import ctypes
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from shardstep.errors import ConfigError
 from shardstep.rules import cache
-from shardstep.rules.backends.blocks import blocks_touched
-from shardstep.rules.backends.llvm.body import Job
+from shardstep.rules.backends.blocks import blocks_touched, join_lines, no_lines
+from shardstep.rules.backends.llvm.body import Job, Reduction
 from shardstep.rules.backends.llvm.row import cuts, layout_of
 from shardstep.rules.backends.llvm.target import TargetUnsupported
 from shardstep.rules.backends.llvm.text import module_text
@@ -98,7 +99,7 @@ class LlvmKernel:
         # Of an element of each array, and of low.
         self._sizes = [*(stored[name].itemsize for name in layout.arrays), job.low.itemsize if job.low else 0]
         self._low, self._writes_low = job.binding.low, job.low is not None
-        self._reductions = layout.reductions
+        self._reductions, self._lines = job.reductions, job.phase.has_lines
         self._pack = layout.format.pack
 
     def __call__(
@@ -111,8 +112,8 @@ class LlvmKernel:
         lines: Lines | None = None,
     ) -> tuple[Tensor, ...]:
         """Run it in place on one tensor; see `PhaseKernel`."""
-        if self._reductions or arrays[self._names[0]].numel() > WORTH_THREADS:
-            return self.many([Row(arrays, scalars, offset, low)])[0]
+        if self._reductions or self._lines or arrays[self._names[0]].numel() > WORTH_THREADS:
+            return self.many([Row(arrays, scalars, offset, low, lines)])[0]
         tensors = [arrays[name] for name in self._names]
         count = tensors[0].numel()
         self._run(self._pack(*map(_address, tensors), self._address_of_low(low), count, offset, *scalars), 1)
@@ -120,8 +121,10 @@ class LlvmKernel:
 
     def many(self, rows: Sequence[Row]) -> list[tuple[Tensor, ...]]:
         """Run it in place on many tensors, in one call or in a few by several threads; the partials of each row."""
+        if any(reduction.along for reduction in self._reductions):
+            return [self._in_parts(row) for row in rows]
         counts = [next(iter(row.arrays.values())).numel() for row in rows]  # a phase may use none but the index
-        rooms = [self._room(count, row.offset) for count, row in zip(counts, rows, strict=True)]
+        rooms = [self._room(count, row) for count, row in zip(counts, rows, strict=True)]
         total, threads = sum(counts), torch.get_num_threads()
         if total <= WORTH_THREADS or threads == 1:
             threads, length = 1, total + BLOCK
@@ -129,6 +132,33 @@ class LlvmKernel:
             length = max(min(CHUNK, -(-total // threads)), BLOCK)
         run_all(self._run, self._calls(rows, counts, rooms, length), threads)
         return [tuple(room) for room in rooms]
+
+    def _in_parts(self, row: Row) -> tuple[Tensor, ...]:
+        """One tensor whose rows or columns are reduced: each thread has a part, and numbers of its own to add to."""
+        count = next(iter(row.arrays.values())).numel()
+        threads = torch.get_num_threads() if count > WORTH_THREADS else 1
+        ends = list(cuts(count, row.offset, -(-count // threads) + BLOCK))
+        parts = [_part(row, begin, end) for begin, end in ends]
+        rooms = [self._room(end - begin, part) for (begin, end), part in zip(ends, parts, strict=True)]
+        calls = [
+            (self._piece(part, self._addresses(part, room), 0, end - begin), 1)
+            for (begin, end), part, room in zip(ends, parts, rooms, strict=True)
+        ]
+        run_all(self._run, calls, threads)
+        return tuple(self._joined(reduction, row, ends, rooms) for reduction in self._reductions)
+
+    def _joined(self, reduction: Reduction, row: Row, ends: list[tuple[int, int]], rooms: list[list[Tensor]]) -> Tensor:
+        parts = [room[reduction.number].double() for room in rooms]
+        if reduction.along is None or row.lines is None:
+            return torch.cat([torch.empty(0, dtype=torch.float64), *parts])
+        start, shape = row.lines.start, reduction.line.type.shape
+        touched = row.lines.touched(shape, ends[-1][1] if ends else 0)
+        whole = torch.from_numpy(no_lines(reduction.line.operation, touched.stop - touched.start))
+        for (begin, end), values in zip(ends, parts, strict=True):
+            own = row.lines.view.touched(shape, start + begin, start + end)
+            into = whole[own.start - touched.start : own.stop - touched.start]
+            join_lines(reduction.line.operation, into.numpy(), values.numpy())
+        return whole
 
     def _calls(self, rows: Sequence[Row], counts: list[int], rooms: list[list[Tensor]], length: int) -> list[Call]:
         """Tables of about ``length`` elements each: long rows are cut, short ones go together."""
@@ -149,16 +179,30 @@ class LlvmKernel:
             calls.append((b"".join(packed), len(packed)))
         return calls
 
-    def _room(self, count: int, offset: int) -> list[Tensor]:
+    def _room(self, count: int, row: Row) -> list[Tensor]:
         """For the partials of a row."""
-        if not self._reductions:
-            return []
-        return list(torch.empty(self._reductions, blocks_touched(count, offset), dtype=torch.float64))
+        room = []
+        for reduction in self._reductions:
+            if reduction.along is None or row.lines is None:
+                room.append(torch.empty(blocks_touched(count, row.offset), dtype=torch.float64))
+                continue
+            touched = row.lines.touched(reduction.line.type.shape, count)
+            dtype = torch.float64 if reduction.type == "double" else torch.float32
+            room.append(torch.full((touched.stop - touched.start,), reduction.empty, dtype=dtype))
+        return room
 
     def _addresses(self, row: Row, room: list[Tensor]) -> list[int]:
         arrays = row.arrays
         found = [arrays[name].data_ptr() for name in self._names]
-        return [*found, self._address_of_low(row.low), *map(_address, room)]
+        found += [self._address_of_low(row.low), *map(_address, room)]
+        if row.lines is None:
+            return found
+        count = next(iter(arrays.values())).numel()
+        for reduction in self._reductions:
+            if reduction.along is not None:
+                first = row.lines.touched(reduction.line.type.shape, count).start
+                found[len(self._sizes) + reduction.number] -= first * room[reduction.number].itemsize
+        return found
 
     def _piece(self, row: Row, addresses: list[int], begin: int, end: int) -> bytes:
         """Elements ``begin`` to ``end`` of a row, as a row of their own."""
@@ -167,7 +211,17 @@ class LlvmKernel:
             block = position // BLOCK - row.offset // BLOCK
             moved = [address + begin * size for address, size in zip(addresses, self._sizes, strict=False)]
             addresses = moved + [address + 8 * block for address in addresses[split:]]
-        return self._pack(*addresses[:split], end - begin, position, *addresses[split:], *row.scalars)
+        return self._pack(
+            *addresses[:split], end - begin, position, *addresses[split:], *self._of_lines(row, begin), *row.scalars
+        )
+
+    def _of_lines(self, row: Row, begin: int) -> list[int]:
+        if not self._lines:
+            return []
+        if row.lines is None:
+            raise ConfigError("expected where the rows and columns of the run are, got nothing; pass lines=")
+        (_, rows, columns), vectors = row.lines.view, row.lines.vectors
+        return [row.lines.start + begin, columns, rows, *map(_address, vectors)]
 
     def _address_of_low(self, low: Tensor | None) -> int:
         if self._writes_low and low is None:
@@ -175,3 +229,10 @@ class LlvmKernel:
         if self._low is None and low is not None:
             raise ConfigError(f"expected no low copy, got one of {low.dtype}; bind the phase with that dtype as low")
         return low.data_ptr() if low is not None else 0
+
+
+def _part(row: Row, begin: int, end: int) -> Row:
+    """Elements ``begin`` to ``end``."""
+    arrays = {name: array[begin:end] for name, array in row.arrays.items()}
+    lines = None if row.lines is None else replace(row.lines, start=row.lines.start + begin)
+    return row._replace(arrays=arrays, offset=row.offset + begin, lines=lines)
