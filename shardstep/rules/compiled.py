@@ -308,7 +308,7 @@ def _counted(segment: Segment, what: str) -> float:
 def _back_end(device: torch.device) -> Callable[[Phase, Binding], PhaseKernel]:
     """``compile_phase`` of the fastest back end for a device."""
     if device.type == "cuda":
-        return lambda phase, binding: (reference if phase.has_lines else triton).compile_phase(phase, binding)
+        return triton.compile_phase
     return _llvm_or_reference if device.type == "cpu" else reference.compile_phase
 
 

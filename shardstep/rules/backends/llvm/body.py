@@ -52,6 +52,8 @@ class Job:
         return tuple(self._reduction(number, line) for number, line in enumerate(self.phase.reductions))
 
     def _reduction(self, number: int, line: Instruction) -> Reduction:
+        if line.operation in ("row_sum", "column_sum"):
+            raise refusal(self.phase.body, line)
         along = None if line.type.is_single else line.type.shape
         if not line.operation.endswith("max"):
             return Reduction(number, line, "add", "0.0", "double", along)
