@@ -7,6 +7,7 @@ knows where the parts of a tensor lie.
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Final
@@ -158,6 +159,10 @@ class CompiledRule:
                 self._update_whole(segment, groups[segment.group])
             return
         jobs = self._jobs(batch.segments, groups)
+        with exactly() if any(job.host for job in jobs) else nullcontext():
+            self._update_jobs(batch, jobs, groups)
+
+    def _update_jobs(self, batch: Batch, jobs: list[_Job], groups: Sequence[Hypers]) -> None:
         if self.locality != "elementwise":
             self._make_sums(batch, jobs, groups)
         together: dict[int, tuple[_Variant, list[llvm.Row]]] = {}

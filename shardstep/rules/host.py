@@ -2,7 +2,8 @@
 
 A plan is made once for each kind of tensor: which values are computed before which phase. Values of rows and columns
 are numpy arrays in the compute dtype; what is one number stays with `scalars`. It takes time for each row and column,
-never for each element. Nothing here runs a phase, and nothing is stored before all is known.
+never for each element. Nothing here runs a phase, and nothing is stored before all is known. Whoever calls this is in
+`evaluation.exactly`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from shardstep.rules.backends import blocks
 from shardstep.rules.backends.elements import constant, evaluate
-from shardstep.rules.backends.evaluation import exactly, reduce
+from shardstep.rules.backends.evaluation import reduce
 from shardstep.rules.backends.rounding import NUMPY, read, write
 from shardstep.rules.ir import OPERATIONS, Phases, Vector
 from shardstep.rules.passes.split import hosted_values, is_swept
@@ -92,19 +93,16 @@ class HostValues:
         if line.type.shape == "tensor":
             self._known[number] = float(blocks.combine(line.operation, found))
             return
-        with exactly():
-            extent = self._view.extent(line.type.shape)
-            self._values[number] = found.astype(NUMPY[self._plan.compute]).reshape(extent)
+        self._values[number] = found.astype(NUMPY[self._plan.compute]).reshape(self._view.extent(line.type.shape))
 
     def advance(self, stage: int) -> None:
         """Work out what comes before a phase. Raises RuleError if a per-step scalar has no value."""
-        with exactly():
-            for number in self._plan.steps[stage]:
-                value = self._value(number)
-                if self._plan.program.instructions[number].type.is_single:
-                    self._known[number] = float(value)
-                else:
-                    self._values[number] = value
+        for number in self._plan.steps[stage]:
+            value = self._value(number)
+            if self._plan.program.instructions[number].type.is_single:
+                self._known[number] = float(value)
+            else:
+                self._values[number] = value
 
     def vectors(self, wanted: Sequence[Vector]) -> tuple[Tensor, ...]:
         """As a kernel takes them."""
@@ -112,14 +110,15 @@ class HostValues:
 
     def store(self) -> list[tuple[Tensor, Array]]:
         """The states of rows, columns and the tensor, with what is to be written to each."""
-        with exactly():
-            return [(self._states[name], self._stored(name, number)) for name, number in self._plan.stores]
+        return [(self._states[name], self._stored(name, number)) for name, number in self._plan.stores]
 
     def _vector(self, vector: Vector) -> Tensor:
         values, view = self._values[vector.number], self._view
         if vector.anchors:
             values = blocks.anchors(values, view.terms(vector.shape))
-        return torch.from_numpy(np.array(np.broadcast_to(values, view.extent(vector.shape))).reshape(-1))
+        if values.shape != view.extent(vector.shape):
+            values = np.broadcast_to(values, view.extent(vector.shape))
+        return torch.from_numpy(np.array(values).reshape(-1))
 
     def _stored(self, name: str, number: int) -> Array:
         value = self._array(number)
@@ -152,6 +151,5 @@ class HostValues:
 
 def write_states(stores: Sequence[tuple[Tensor, Array]]) -> None:
     """Do what `HostValues.store` has asked for."""
-    with exactly():
-        for state, values in stores:
-            write(values, state)
+    for state, values in stores:
+        write(values, state)

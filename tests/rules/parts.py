@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 
 from shardstep.rules.backends.blocks import join_lines, no_lines
+from shardstep.rules.backends.evaluation import exactly
 from shardstep.rules.binding import Binding, Lines
 from shardstep.rules.host import HostPlan, HostValues, write_states
 from shardstep.rules.scalars import compile_scalars
@@ -19,6 +20,11 @@ def run_in_parts(phases, arrays, hypers, make, places=(), *, compute, offset=0, 
 
     ``make``: ``compile_phase`` of a back end. Where sums over the tensor are made, cuts must be at blocks.
     """
+    with exactly():
+        _run_in_parts(phases, arrays, hypers, make, places, compute, offset, low)
+
+
+def _run_in_parts(phases, arrays, hypers, make, places, compute, offset, low):
     shape, shapes = tuple(arrays["param"].shape), phases.program.shapes
     view, plan = view_of(shape), HostPlan(phases, compute)
     flat = {name: array.view(-1) for name, array in arrays.items() if shapes[name] == "element"}

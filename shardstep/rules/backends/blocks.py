@@ -91,11 +91,10 @@ def anchors(largest: Array, terms: int) -> Array:
     With ``largest`` < 2^e and ``terms`` <= 2^l, M is 1.5 * 2^k for k = e + l - 1, or e + 1 if that is more.
     """
     largest = np.asarray(largest, np.float64)
-    _, exponent = np.frexp(np.where(largest > 0, largest, 0.0))
     bits = max(terms - 1, 0).bit_length()
-    power = np.where(largest > 0, exponent + max(bits - 1, 1), _LEAST_POWER).clip(_LEAST_POWER)
-    known = np.isfinite(largest) | (largest < 0)
-    return np.where(known & (power <= _GREATEST_POWER), np.ldexp(1.5, np.minimum(power, _GREATEST_POWER)), np.nan)
+    power = np.maximum(np.frexp(largest)[1] + max(bits - 1, 1), _LEAST_POWER)  # any will do where all terms are zero
+    known = (largest < np.inf) & (power <= _GREATEST_POWER)
+    return np.where(known, np.ldexp(1.5, power), np.nan)
 
 
 def no_lines(operation: str, count: int) -> Array:
@@ -105,5 +104,4 @@ def no_lines(operation: str, count: int) -> Array:
 
 def join_lines(operation: str, into: Array, others: Array) -> None:
     """Put what lines have of other elements into what they have: in any order."""
-    with np.errstate(all="ignore"):
-        (np.maximum if operation.endswith("max") else np.add)(into, others, out=into)
+    (np.maximum if operation.endswith("max") else np.add)(into, others, out=into)

@@ -149,6 +149,8 @@ class LlvmKernel:
 
     def _joined(self, reduction: Reduction, row: Row, ends: list[tuple[int, int]], rooms: list[list[Tensor]]) -> Tensor:
         parts = [room[reduction.number].double() for room in rooms]
+        if len(parts) == 1:
+            return parts[0]
         if reduction.along is None or row.lines is None:
             return torch.cat([torch.empty(0, dtype=torch.float64), *parts])
         start, shape = row.lines.start, reduction.line.type.shape
