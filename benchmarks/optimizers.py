@@ -87,7 +87,7 @@ def kinds(only: list[str]) -> Iterator[type[optim.Optimizer]]:
     """The optimizers that run in kernels; the reference back end is not meant to be fast."""
     for name in only or optim.__all__:
         kind = getattr(optim, name)
-        if hasattr(kind, "rule") and not compile_rule(kind.rule).needs_whole_tensors:
+        if hasattr(kind, "rule") and compile_rule(kind.rule).locality != "matrix":
             yield kind
 
 

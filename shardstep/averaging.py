@@ -20,7 +20,7 @@ from shardstep.rules.language import Elements, rule
 from shardstep.sharding.averages import ShardedAverages, UnshardedAverages
 from shardstep.sharding.statistics import NAMES, batch_statistics, norms_of
 from shardstep.sharding.whole import ATTRIBUTE, whole_of
-from shardstep.types import Batch
+from shardstep.types import Batch, Update
 
 
 @rule
@@ -74,7 +74,7 @@ class Average:
             return
         count = self.n_averaged + 1
         weight = 1 / count if self._decay == "swa" else 1 - float(self._decay)
-        batch = Batch(self._kept.segments(count), [(0, count)], lambda sums, _: sums)
+        batch = Batch(self._kept.segments(count), [Update(0, count, ())], lambda sums, _: sums)
         compile_rule(average).update(batch, [{"weight": weight}])
         self.n_averaged = count
         self._statistics = {}

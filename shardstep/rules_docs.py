@@ -5,8 +5,11 @@ import itertools
 from collections.abc import Iterator
 from typing import Final
 
+import torch
+
 from shardstep import optim
 from shardstep.rules import Rule
+from shardstep.rules.binding import stored_arrays
 from shardstep.rules.compiled import CompiledRule, compile_rule
 from shardstep.rules.ir import State
 
@@ -63,22 +66,23 @@ def _markdown(text: str) -> Iterator[str]:
 
 def _locality(rule: Rule) -> str:
     compiled = compile_rule(rule)
-    return compiled.locality + (", unsharded so far" if compiled.needs_whole_tensors else "")
+    return compiled.locality + (", unsharded so far" if compiled.locality == "matrix" else "")
 
 
 def _bytes(rule: Rule) -> str:
     compiled = compile_rule(rule)
-    used = [state for state in compiled.states(rule.hyperparameters) if state.shape == "element"]
+    used = [state for state in compiled.states(rule.hyperparameters, 2) if state.shape == "element"]
     extra = [
-        f"+{_size(state)} with {option}"
+        f"+{_size(state):.3g} with {option}"
         for state in rule.declared
         if (option := _option(compiled, rule, state)) is not None and state.shape == "element"
     ]
-    return str(sum(map(_size, used))) + (f" ({', '.join(extra)})" if extra else "")
+    return f"{sum(map(_size, used)):.3g}" + (f" ({', '.join(extra)})" if extra else "")
 
 
-def _size(state: State) -> int:
-    return 4 if state.dtype in (None, "float32") else 2
+def _size(state: State) -> float:
+    """Bytes of an element, for float32 parameters."""
+    return sum((array.dtype or torch.float32).itemsize / array.per for array in stored_arrays(state))
 
 
 def _state(rule: Rule, state: State) -> str:
@@ -91,10 +95,12 @@ def _state(rule: Rule, state: State) -> str:
 
 def _option(compiled: CompiledRule, rule: Rule, state: State) -> str | None:
     """The hyper-parameter that brings a state which the defaults do not use; None for the others."""
-    if state in compiled.states(rule.hyperparameters):
+    if state in compiled.states(rule.hyperparameters, 2):
         return None
+    if state in compiled.states(rule.hyperparameters, 1):
+        return "fewer than two dimensions"
     for name, default in rule.hyperparameters.items():
         changed = (not default) if isinstance(default, bool) else 0.5
-        if not isinstance(default, tuple) and state in compiled.states({**rule.hyperparameters, name: changed}):
+        if not isinstance(default, tuple) and state in compiled.states({**rule.hyperparameters, name: changed}, 2):
             return name
     return None

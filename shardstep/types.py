@@ -4,8 +4,8 @@ Nothing here computes, and nothing here knows where a gradient came from or who 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, Protocol
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -25,7 +25,8 @@ class Segment:
     float64) master; each ``state`` has its dtype, or is bfloat16 or float16; ``grad`` may be of any floating dtype and
     is multiplied by ``grad_scale`` on the way in; ``low``, if any, receives the new parameters rounded to its dtype.
     ``offset`` is the place of element 0 in its flat space, which does not depend on who owns what. ``shape`` is the
-    whole tensor's where the segment is a part of one tensor, and None where it may run over several.
+    whole tensor's where the segment is a part of one tensor, and None where it may run over several; ``start`` is then
+    the place of element 0 in that tensor, and ``tensor_state`` holds its states that are not of elements, whole.
 
     A state in 8 bits is int8 or uint8 codes, and float32 scales under its name with ``_scale`` behind it: one for each
     256 elements, the last ones rounded up. Such a segment is part of one tensor and begins at a multiple of 256 of it
@@ -46,21 +47,36 @@ class Segment:
     offset: int = 0
     shape: tuple[int, ...] | None = None
     seed: int | None = None
+    start: int = 0
+    tensor_state: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Update(NamedTuple):
+    """Of one tensor: its group, its step count with this update, and its shape."""
+
+    group: int
+    step: int
+    shape: tuple[int, ...]
 
 
 @dataclass
 class Batch:
     """Segments that are updated together: those of one flat space.
 
-    ``updated``: (group, step) of every tensor of the space that is updated now, on this rank or another.
-    ``combine`` takes, for each segment, ``count`` sums over its blocks of 1,024 places (float64, one value for each
-    block that it touches; it may give fewer sums), and returns the same for the whole tensors that the segments are
-    parts of, in order. Every rank calls it equally often, also without segments.
+    ``updated``: every tensor of the space that is updated now, on this rank or another, in order.
+    ``combine`` makes whole tensors' reductions of their parts'. It takes, for each segment, what its reductions gave
+    (float64: a value for each block of 1,024 places that it touches, or for each row or column), and the names of
+    those operations for each entry of ``updated``; it returns the same for the tensors that the segments are parts
+    of: all of their blocks in order, or all of their rows or columns. Every rank calls it equally often, also without
+    segments.
     """
 
     segments: list[Segment]
-    updated: list[tuple[int, int]]
-    combine: Callable[[list[list[Tensor]], int], list[list[Tensor]]]
+    updated: list[Update]
+    combine: "Combine"
+
+
+Combine = Callable[[list[list[Tensor]], list[tuple[str, ...]]], list[list[Tensor]]]
 
 
 class FlatSource(Protocol):

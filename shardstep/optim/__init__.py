@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from shardstep.optim import keras
 from shardstep.optim.adabelief import AdaBelief
 from shardstep.optim.adadelta import Adadelta
+from shardstep.optim.adafactor import Adafactor
 from shardstep.optim.adagrad import Adagrad
 from shardstep.optim.adam import Adam, AdamW, AdamW8bit
 from shardstep.optim.adamax import Adamax
@@ -38,6 +39,7 @@ __all__ = [
     "SGD",
     "AdaBelief",
     "Adadelta",
+    "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",

@@ -16,7 +16,7 @@ from shardstep.optim.states import as_real, start_of
 from shardstep.rules import Rule
 from shardstep.rules.binding import compute_dtype
 from shardstep.rules.compiled import compile_rule
-from shardstep.types import Batch, Segment
+from shardstep.types import Batch, Segment, Update
 
 _DENSE: Final = torch.strided
 _COMPUTED: Final = frozenset({torch.float32, torch.float64})
@@ -40,10 +40,10 @@ def batches_alone(
                     f"build the layer with sparse=False"
                 )
             updated[param] = state = states.get(param) or _start(param, group, rule)
-            segments.append(_segment(param, grad, state, index, converted))
+            segments.append(_segment(param, grad, state, index, rule.tensor_states, converted))
     if not segments:
         return
-    keys = [(segment.group, segment.step) for segment in segments]
+    keys = [Update(segment.group, segment.step, tuple(segment.shape or ())) for segment in segments]
     yield Batch(segments, keys, lambda sums, _: sums)
     states.update(updated)  # now that nothing can fail
     torch._foreach_add_([state["step"] for state in updated.values()], _ONE)
@@ -55,16 +55,24 @@ def batches_alone(
 def _start(param: Tensor, group: Mapping[str, Any], rule: Rule) -> dict[str, Tensor]:
     """The first state of ``param``."""
     state = {"step": torch.zeros((), dtype=torch.float32)}
-    for declared in compile_rule(rule).states(group):
+    for declared in compile_rule(rule).states(group, param.ndim):
         state.update(start_of(declared, param))
     return state
 
 
 def _segment(
-    param: Tensor, grad: Tensor, state: Mapping[str, Tensor], group: int, converted: list[tuple[Tensor, Tensor]]
+    param: Tensor,
+    grad: Tensor,
+    state: Mapping[str, Tensor],
+    group: int,
+    of_tensors: frozenset[str],
+    converted: list[tuple[Tensor, Tensor]],
 ) -> Segment:
-    """One whole tensor; ``converted`` gains (param, master) if its new values must be copied back."""
-    arrays = {name: values for name, values in state.items() if name != "step"}
+    """One whole tensor; ``converted`` gains (param, master) if its new values must be copied back.
+
+    ``of_tensors``: the names of states that are not of elements.
+    """
+    arrays = {name: values for name, values in state.items() if name != "step" and name not in of_tensors}
     if param.is_complex():
         param, grad = as_real(param), as_real(grad)
         arrays = {name: as_real(values) for name, values in arrays.items()}
@@ -81,4 +89,5 @@ def _segment(
         low=None,
         grad_scale=1.0,
         shape=param.shape,
+        tensor_state={name: state[name] for name in of_tensors if name in state},
     )

@@ -12,12 +12,13 @@ from torch.optim.optimizer import StateDict
 
 from shardstep.errors import ConfigError, MissingKeyError
 from shardstep.optim.groups import with_flags
-from shardstep.optim.states import dtype_of, scales_of, shape_of
+from shardstep.optim.states import device_of, dtype_of, scales_of
 from shardstep.rules import Rule
 from shardstep.rules.backends.dynamic8 import decode, encode
 from shardstep.rules.binding import CODED, scale_name
 from shardstep.rules.compiled import compile_rule
 from shardstep.rules.ir import State
+from shardstep.rules.view import state_shape
 
 _COMPARISONS: Final = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
 
@@ -64,8 +65,8 @@ def checked_state(
     """
     owned: dict[Any, tuple[nn.Parameter, Sequence[State]]] = {}
     for group, own in zip(saved, groups, strict=True):
-        declared = compile_rule(rule).states(group)
-        owned.update(zip(group["params"], ((param, declared) for param in own["params"]), strict=True))
+        for key, param in zip(group["params"], own["params"], strict=True):
+            owned[key] = param, compile_rule(rule).states(group, param.ndim)
     unowned = state.keys() - owned.keys()
     if unowned:
         raise ConfigError(
@@ -110,7 +111,7 @@ def _taken(state: Mapping[str, Any], param: Tensor, states: Sequence[State], key
     # Copies: state is updated in place, and the caller keeps the dict.
     taken = {"step": as_step(state["step"])}
     for declared in states:
-        values, shape = state[declared.name], shape_of(declared, param)
+        values, shape = state[declared.name], state_shape(declared.shape, tuple(param.shape))
         if values.shape != shape:
             raise ConfigError(
                 f"expected {declared.name} of shape {shape} for parameter {key}, got "
@@ -137,4 +138,5 @@ def _converted(declared: State, values: Tensor, scale: Tensor | None, param: Ten
         values = decode(values, scale)
     if dtype in CODED:
         return dict(zip((name, scale_name(name)), encode(values.to(param.device), dtype), strict=True))
-    return {name: values.to(param.device, dtype, copy=True, memory_format=torch.contiguous_format)}
+    device = device_of(declared, param)
+    return {name: values.to(device, dtype, copy=True, memory_format=torch.contiguous_format)}

@@ -23,7 +23,7 @@ from shardstep.rules.binding import compute_dtype, cut_states, stored_arrays
 from shardstep.rules.compiled import compile_rule
 from shardstep.rules.ir import State
 from shardstep.rules.show import explain
-from shardstep.types import Batch, FlatSource, Segment
+from shardstep.types import Batch, FlatSource, Segment, Update
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -54,10 +54,17 @@ class Optimizer(torch.optim.Optimizer):
 
     # - what a subclass, a user and whoever shards look at
 
+    def states_of(self, ndim: int) -> tuple[State, ...]:
+        """The states that a param of so many dimensions has with the flags of any group, in order."""
+        compiled = compile_rule(self.rule)
+        used = {state.name for group in self.param_groups for state in compiled.states(group, ndim)}
+        return tuple(state for state in self.rule.declared if state.name in used)
+
     @property
     def states(self) -> tuple[State, ...]:
-        """The states that the rule has with the flags of any group, in order."""
-        used = {declared.name for group in self.param_groups for declared in self._states_of(group)}
+        """The states that any param has, in order."""
+        params = (param for group in self.param_groups for param in group["params"])
+        used = {state.name for ndim in {param.ndim for param in params} for state in self.states_of(ndim)}
         return tuple(state for state in self.rule.declared if state.name in used)
 
     @property
@@ -65,19 +72,18 @@ class Optimizer(torch.optim.Optimizer):
         """Their names."""
         return tuple(state.name for state in self.states)
 
-    @property
-    def flat_states(self) -> tuple[State, ...]:
-        """The states, if shards can hold them. Raises ConfigError for a rule that looks at rows or whole matrices."""
-        compiled, states = compile_rule(self.rule), self.states
-        if compiled.needs_whole_tensors:
+    def check_shardable(self) -> None:
+        """Raise ConfigError for a rule that looks at whole matrices."""
+        compiled = compile_rule(self.rule)
+        if compiled.locality == "matrix":
             raise ConfigError(
-                f"expected a rule over elements or with sums over whole tensors to shard, got {self.rule.name!r}, "
-                f"which is {compiled.locality} ({compiled.reason}); such rules run unsharded so far"
+                f"expected a rule over elements or with sums over tensors, rows or columns to shard, got "
+                f"{self.rule.name!r}, which is {compiled.locality} ({compiled.reason}); such rules run unsharded so far"
             )
-        return states
 
-    def _states_of(self, group: Mapping[str, Any]) -> tuple[State, ...]:
-        return compile_rule(self.rule).states(group)
+    def hypers_of(self, group: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The hyper-parameters of the rule, for a group; those of the same names unless a class knows better."""
+        return group
 
     def check_group(self, group: Mapping[str, Any], where: str) -> None:
         """Raise ConfigError if a hyper-parameter of ``group`` is out of range; ``where`` names the group."""
@@ -129,10 +135,11 @@ class Optimizer(torch.optim.Optimizer):
         compiled = compile_rule(self.rule)
         with torch.no_grad():
             maximizing = self._maximizing()
-            for batch in self._batches(per_tensor=compiled.per_tensor):
+            groups = [self.hypers_of(group) for group in self.param_groups]
+            for batch in self._batches(per_tensor=compiled.is_by_tensor):
                 for segment in batch.segments if maximizing else []:
                     segment.grad_scale *= -1.0 if segment.group in maximizing else 1.0
-                compiled.update(batch, self.param_groups)
+                compiled.update(batch, groups)
         return loss
 
     def _batches(self, *, per_tensor: bool) -> Iterator[Batch]:
@@ -146,22 +153,22 @@ class Optimizer(torch.optim.Optimizer):
             return set()
         return {index for index, group in enumerate(self.param_groups) if group.get("maximize")}
 
-    def check_update(self, updated: Iterable[tuple[int, int]]) -> None:
-        """Raise RuleError if the hyper-parameters of a (group, step) give no update: before anything is changed."""
-        compile_rule(self.rule).check(updated, self.param_groups)
+    def check_update(self, updated: Iterable[Update]) -> None:
+        """Raise RuleError, before anything is changed, if hyper-parameters of an update have no value in the rule."""
+        compile_rule(self.rule).check(updated, [self.hypers_of(group) for group in self.param_groups])
 
     def explain(self, segment: Segment, index: int) -> str | None:
         """Which line of the rule makes the first infinity or NaN when element ``index`` of ``segment`` is updated; None
         if none does.
         """
-        if compile_rule(self.rule).locality != "elementwise":
+        if compile_rule(self.rule).is_by_tensor:
             return "which line made it is known for elementwise rules only"
         compute = compute_dtype(segment.param)
         scale = -segment.grad_scale if segment.group in self._maximizing() else segment.grad_scale
         grad = segment.grad[index].to(compute) * scale
         states = decoded_states(cut_states(segment.state, index, index + 1))
         arrays = {"param": segment.param[index], "grad": grad, **states}
-        hypers = {**self.param_groups[segment.group], "step": segment.step}
+        hypers = {**self.hypers_of(self.param_groups[segment.group]), "step": segment.step}
         values = {**dict.fromkeys(self.rule.states, 0.0), **{name: value.item() for name, value in arrays.items()}}
         return explain(self.rule, values, hypers, compute)
 
@@ -216,10 +223,10 @@ class Optimizer(torch.optim.Optimizer):
         whole = source.whole_state()
         state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
         for group in self.param_groups:
-            states = self._states_of(group)
-            names = ["step", *(array.name for declared in states for array in stored_arrays(declared))]
-            own = (param for param in group["params"] if param in whole)
-            state.update({param: {name: whole[param][name] for name in names} for param in own})
+            for param in (param for param in group["params"] if param in whole):
+                states = compile_rule(self.rule).states(group, param.ndim)
+                names = ["step", *(array.name for declared in states for array in stored_arrays(declared))]
+                state[param] = {name: whole[param][name] for name in names}
         return state
 
     def load_state_dict(self, state_dict: StateDict) -> None:

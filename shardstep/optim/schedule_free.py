@@ -16,7 +16,7 @@ from shardstep.rules.binding import compute_dtype
 from shardstep.rules.compiled import compile_rule
 from shardstep.rules.functions import lerp, sqrt
 from shardstep.rules.language import Elements, rule, state, zeros
-from shardstep.types import Batch, Segment
+from shardstep.types import Batch, Segment, Update
 
 
 @rule
@@ -195,7 +195,7 @@ class AdamWScheduleFree(Optimizer):
         """Move a parameter towards its z, with the same bits as everywhere: by a kernel."""
         values = param.detach().to(compute_dtype(param), memory_format=torch.contiguous_format, copy=True).view(-1)
         segment = Segment(0, 1, values, values, {"z": self.state[param]["z"].view(-1)}, None, 1.0)
-        compile_rule(towards_z).update(Batch([segment], [(0, 1)], lambda sums, _: sums), [{"weight": weight}])
+        compile_rule(towards_z).update(Batch([segment], [Update(0, 1, ())], lambda sums, _: sums), [{"weight": weight}])
         param.copy_(values.view(param.shape))
 
 

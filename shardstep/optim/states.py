@@ -10,6 +10,7 @@ from shardstep.errors import UnsupportedError
 from shardstep.rules.backends.dynamic8 import encode
 from shardstep.rules.binding import CODED, compute_dtype, scale_name, stored_arrays
 from shardstep.rules.ir import State
+from shardstep.rules.view import state_shape
 from shardstep.types import SCALED_NUMEL
 
 
@@ -18,16 +19,12 @@ def as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def shape_of(declared: State, param: Tensor) -> tuple[int, ...]:
-    """The shape of a state of ``param``; its rows are its first dimension, its columns all the others."""
-    shape = tuple(param.shape)
-    rows, columns = shape[:1] or (1,), (math.prod(shape[1:]),)
-    return {"element": shape, "row": rows, "column": columns}.get(declared.shape, ())
-
-
 def dtype_of(declared: State, param: Tensor) -> torch.dtype:
-    """What a state of ``param`` is kept in: complex where the parameter is and the state has its elements."""
-    dtype = stored_arrays(declared)[0].dtype or compute_dtype(as_real(param))
+    """What a state of ``param`` is kept in: complex where the parameter is and the state has its elements; one number
+    for a tensor in float32, as torch keeps ``step``.
+    """
+    unsaid = torch.float32 if declared.shape == "tensor" else compute_dtype(as_real(param))
+    dtype = stored_arrays(declared)[0].dtype or unsaid
     if not param.is_complex() or declared.shape != "element":
         return dtype
     if dtype not in (torch.float32, torch.float64):
@@ -38,11 +35,16 @@ def dtype_of(declared: State, param: Tensor) -> torch.dtype:
     return dtype.to_complex()
 
 
+def device_of(declared: State, param: Tensor) -> torch.device:
+    """Where it lies: one number for a tensor, on the CPU."""
+    return torch.device("cpu") if declared.shape == "tensor" else param.device
+
+
 def start_of(declared: State, param: Tensor) -> dict[str, Tensor]:
     """The arrays of a new state of ``param``."""
-    shape = shape_of(declared, param)
+    shape = state_shape(declared.shape, tuple(param.shape))
     first, *scales = stored_arrays(declared)
-    arrays = {first.name: torch.empty(shape, dtype=dtype_of(declared, param), device=param.device)}
+    arrays = {first.name: torch.empty(shape, dtype=dtype_of(declared, param), device=device_of(declared, param))}
     for scale in scales:
         arrays[scale.name] = torch.empty(scales_of(math.prod(shape)), dtype=scale.dtype, device=param.device)
     begin(declared, arrays, param)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from shardstep.errors import ConfigError
-from shardstep.rules.ir import State
+from shardstep.rules.ir import Shape, State
+from shardstep.rules.view import View
 from shardstep.types import SCALED_NUMEL, Segment
 
 
@@ -34,17 +35,42 @@ class Binding:
         return tuple(name for name, _ in self.stored if name in names)
 
 
+@dataclass(frozen=True)
+class Lines:
+    """Where the rows and columns of a run are. ``start``: the place in its tensor of the run's first element.
+
+    ``vectors``: v0, v1, … of a phase, for all rows or columns of the tensor: flat, contiguous, on the CPU, in the
+    compute dtype, or float64 for anchors.
+    """
+
+    view: View
+    start: int = 0
+    vectors: tuple[Tensor, ...] = ()
+
+    def touched(self, shape: Shape, count: int) -> slice:
+        """The rows or columns that a run of ``count`` elements has a part in."""
+        return self.view.touched(shape, self.start, self.start + count)
+
+
 class PhaseKernel(Protocol):
     """One phase on flat arrays: each contiguous, of n elements in any shape, in the binding's dtypes, on one device;
     scales of one entry for each 256 elements, with an ``offset`` that is a multiple of 256.
     """
 
     def __call__(
-        self, arrays: Mapping[str, Tensor], scalars: Sequence[float], *, offset: int = 0, low: Tensor | None = None
+        self,
+        arrays: Mapping[str, Tensor],
+        scalars: Sequence[float],
+        *,
+        offset: int = 0,
+        low: Tensor | None = None,
+        lines: Lines | None = None,
     ) -> tuple[Tensor, ...]:
         """Run it in place. ``scalars``: s0, s1, … as float64, rounded once here. ``offset``: the global position of
-        element 0. Returns, for each sum of the phase, the partials of the blocks of 1,024 global positions that the
-        run touches, in order: float64 of shape (blocks,). The caller has checked the arrays.
+        element 0. ``lines``: for a phase that has any.
+
+        Returns, in float64, for each reduction of the phase: the partials of the blocks of 1,024 global positions
+        that the run touches, in order; or of the rows or columns that it touches. The caller has checked the arrays.
         """
 
 

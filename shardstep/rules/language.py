@@ -15,6 +15,7 @@ import math
 import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Final, NoReturn, Self, TypeAlias, get_args
 
 from shardstep.errors import RuleError
@@ -30,8 +31,12 @@ Hyperparameters: TypeAlias = Mapping[str, float | tuple[float, ...] | None]
 _PUT_IN: Final = frozenset({"grad_scale", "rounding_key"})
 """Hyper-parameters that the compiler adds: what the gradient is multiplied by, and the key of stochastic rounding."""
 
-RESERVED: Final = _PUT_IN | {"step"}
-"""Names with a meaning of their own; ``step`` is the count of updates from 1."""
+GIVEN: Final = ("step", "ndim", "machine_eps")
+"""Hyper-parameters that are there by themselves: the count of updates from 1, the param's number of dimensions, and
+what 1 and the next larger number that the rule computes with differ by."""
+
+RESERVED: Final = _PUT_IN | frozenset(GIVEN)
+"""Names with a meaning of their own."""
 
 _OF_GROUPS: Final = frozenset({"params", "param_names"})
 """What torch keeps in a parameter group beside the hyper-parameters."""
@@ -80,7 +85,7 @@ class Rule:
     """The equations of one update step.
 
     ``declared``: the state arrays, in order; ``states``: their names. ``hyperparameters``: name to default, None where
-    the caller must give one; ``step``, the count of updates from 1, is not among them.
+    the caller must give one; those of `GIVEN` are not among them.
     """
 
     name: str
@@ -91,6 +96,11 @@ class Rule:
     @property
     def states(self) -> tuple[str, ...]:
         return tuple(declared.name for declared in self.declared)
+
+    @cached_property
+    def tensor_states(self) -> frozenset[str]:
+        """The names of those that have not one value for each element."""
+        return frozenset(declared.name for declared in self.declared if declared.shape != "element")
 
     @property
     def place(self) -> str:
@@ -200,7 +210,7 @@ def _states(function: types.FunctionType, arrays: list[inspect.Parameter]) -> tu
 def _check_state(function: types.FunctionType, argument: inspect.Parameter) -> None:
     name = argument.name
     if name in RESERVED:
-        _refuse(function, name, "E28", f"expected {name!r} after *, got it as a state", "it counts updates by itself")
+        _refuse(function, name, "E28", f"expected {name!r} after *, got it as a state", "it is given by itself")
     if not isinstance(argument.default, _Start):
         text = f"expected the state {name!r} to start from zeros or state(...), got {argument}"
         hint = f"write {name}=zeros, or put it after * if it is a hyper-parameter"
@@ -260,11 +270,11 @@ def _defaults(
         if scalar.name in _OF_GROUPS:
             text = f"expected a hyper-parameter, got {scalar.name!r}, where a parameter group keeps its parameters"
             _refuse(function, scalar.name, "E28", text, "give it another name")
-        if scalar.name != "step":
+        if scalar.name not in GIVEN:
             defaults[scalar.name] = None if scalar.default is scalar.empty else _default(function, scalar)
         elif scalar.default is not scalar.empty:
-            text = f"expected 'step' without a default, got {scalar}"
-            _refuse(function, scalar.name, "E28", text, "it is always given: the count of updates from 1")
+            text = f"expected {scalar.name!r} without a default, got {scalar}"
+            _refuse(function, scalar.name, "E28", text, "it is always given")
     return defaults
 
 

@@ -10,7 +10,7 @@ from shardstep.errors import ShardstepError
 from shardstep.rules.arithmetic import Source
 from shardstep.rules.check import Checked, check
 from shardstep.rules.ir import Builder, Hyper, Kind, Place, Program, Type, verify
-from shardstep.rules.language import Hyperparameters, Rule
+from shardstep.rules.language import GIVEN, Hyperparameters, Rule
 from shardstep.rules.meaning import Meaning
 from shardstep.rules.syntax import Span
 
@@ -29,13 +29,13 @@ def lower(checked: Checked) -> Program:
         for name, item in instructions.run().items()
         if item != Source("load", name)
     )
-    hypers = _hypers(rule.hyperparameters, any(p.name == "step" for p in checked.tree.parameters))
+    hypers = _hypers(rule.hyperparameters, [p.name for p in checked.tree.parameters if p.name in GIVEN])
     return verify(Program(rule.name, rule.declared, hypers, tuple(instructions.builder.instructions), stores))
 
 
-def _hypers(hyperparameters: Hyperparameters, step: bool) -> tuple[Hyper, ...]:
+def _hypers(hyperparameters: Hyperparameters, given: Sequence[str]) -> tuple[Hyper, ...]:
     hypers = [Hyper(n, len(d) if isinstance(d, tuple) else None) for n, d in hyperparameters.items()]
-    return (Hyper("step"), *hypers) if step else tuple(hypers)
+    return (*map(Hyper, given), *hypers)
 
 
 class _Instructions(Meaning[int]):

@@ -14,7 +14,7 @@ from shardstep.rules.arithmetic import Arithmetic, Item, Known, Partial, Source,
 from shardstep.rules.calls import bind, refusal_of
 from shardstep.rules.diagnostics import nearest
 from shardstep.rules.ir import Shape
-from shardstep.rules.language import WORDS, Inline, Rule
+from shardstep.rules.language import GIVEN, WORDS, Inline, Rule
 from shardstep.rules.syntax import Expression, Foreign, Function, Span, names_assigned
 
 V = TypeVar("V")
@@ -82,8 +82,7 @@ class Meaning(Arithmetic[V]):
                 scope[name] = tuple(Source("hyper", name, index) for index in range(len(default)))
             else:
                 scope[name] = Source("hyper", name, kind="bool" if isinstance(default, bool) else "real")
-        if any(parameter.name == "step" for parameter in tree.parameters):
-            scope["step"] = Source("hyper", "step")
+        scope.update((p.name, Source("hyper", p.name)) for p in tree.parameters if p.name in GIVEN)
         return scope
 
     def _function(self, tree: Function, scope: Scope) -> Item:

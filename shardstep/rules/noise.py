@@ -60,5 +60,6 @@ def between_turns(segment: Segment) -> Iterator[Segment]:
             state=cut_states(segment.state, start, stop),
             low=None if segment.low is None else segment.low.view(-1)[part],
             offset=segment.offset + start,
+            start=segment.start + start,
         )
         start = stop

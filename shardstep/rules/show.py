@@ -16,8 +16,8 @@ from shardstep.rules.binding import Binding, stored_arrays
 from shardstep.rules.check import check
 from shardstep.rules.check import to_text as types_to_text
 from shardstep.rules.ir import Program, to_text
-from shardstep.rules.language import Rule
-from shardstep.rules.locality import locality, needs_whole_tensors
+from shardstep.rules.language import GIVEN, Rule
+from shardstep.rules.locality import locality
 from shardstep.rules.lower import lower, program_of
 from shardstep.rules.parse import parse
 from shardstep.rules.passes import compile_phases, compile_truths, cut, drop_dead, specialise, stages
@@ -29,7 +29,8 @@ COMPUTE: Final = torch.float32
 
 
 def show(rule: Rule, stage: str, hypers: Mapping[str, object]) -> str:
-    """One stage of ``rule``, computing in float32; ``hypers`` replace its defaults, and ``step``, which is 2 else.
+    """One stage of ``rule``, computing in float32. ``hypers`` replace its defaults, and ``step`` and ``ndim``, which
+    are 2 else.
 
     Raises RuleErrors if the rule is wrong, ConfigError for an unknown stage or hyper-parameter.
     """
@@ -84,13 +85,16 @@ def _taken(rule: Rule, hypers: Mapping[str, object]) -> Program:
 
 
 def complete(rule: Rule, given: Mapping[str, object]) -> dict[str, object]:
-    """All hyper-parameters: those given, then the defaults. Raises ConfigError for unknown and missing ones."""
-    if unknown := given.keys() - rule.hyperparameters.keys() - {"step"}:
-        names = ", ".join([*rule.hyperparameters, "step"])
+    """All hyper-parameters: those given, then the defaults. Raises ConfigError for unknown and missing ones.
+
+    Those that are there by themselves are of the second step of a matrix of float32.
+    """
+    if unknown := given.keys() - rule.hyperparameters.keys() - set(GIVEN):
+        names = ", ".join([*rule.hyperparameters, *GIVEN])
         raise ConfigError(
             f"expected hyper-parameters of {rule.name!r} ({names}), got {', '.join(sorted(unknown))}; correct the name"
         )
-    hypers = {"step": 2, **rule.hyperparameters, **given}
+    hypers = {"step": 2, "ndim": 2, "machine_eps": torch.finfo(COMPUTE).eps, **rule.hyperparameters, **given}
     if missing := [name for name, value in hypers.items() if value is None]:
         raise ConfigError(
             f"expected values for {', '.join(missing)} of {rule.name!r}, which have no default; give them"
@@ -102,12 +106,15 @@ def _passes(rule: Rule, hypers: Mapping[str, object]) -> str:
     program = program_of(rule)
     after = stages(program, compile_truths(program)(complete(rule, hypers)), COMPUTE)
     told = [f"--- after {name}\n{to_text(made)}" for name, made in after]
-    if needs_whole_tensors(program):
+    if locality(program)[0] == "matrix":
         return "\n".join(told)
     phases = cut(after[-1][1])
     for number, phase in enumerate(phases.phases):
-        scalars = [f"s{i} = {expression(phases.program, n)}\n" for i, n in enumerate(phase.scalars)]
-        told.append(f"--- phase {number}\n{''.join(scalars)}{to_text(phase.body)}")
+        given = [f"s{i} = {expression(phases.program, n)}\n" for i, n in enumerate(phase.scalars)]
+        for i, vector in enumerate(phase.vectors):
+            what = f"anchors of {expression(phases.program, vector.number)}"
+            given.append(f"v{i} = {what if vector.anchors else expression(phases.program, vector.number)}\n")
+        told.append(f"--- phase {number}\n{''.join(given)}{to_text(phase.body)}")
     return "\n".join(told)
 
 

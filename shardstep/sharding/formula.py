@@ -15,10 +15,10 @@ from torch import Tensor
 
 from shardstep.config import Precision, Schedule, Stage
 from shardstep.layout import Layout
-from shardstep.rules.binding import StoredArray
 from shardstep.sharding.hooks import begins_backward
 from shardstep.sharding.memory import Bytes, Ledger
 from shardstep.sharding.reduce import Home, Partial, Tree
+from shardstep.sharding.tensor_states import States, dtype_of, in_all, in_some, kept_numel
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,19 @@ class SpaceSize:
     precision: Precision
     trained: bool
     stage: Stage
+    states: States
 
 
 @dataclass(frozen=True)
 class Formula:
-    """``units`` holds the spaces of each unit in declared order, the root first; ``states`` the arrays that hold the
-    states of the rule (whose dtype None is the master's, which ``averages`` have too).
+    """``units`` holds the spaces of each unit in declared order, the root first. ``averages``: how many are kept of the
+    parameters.
     """
 
     units: list[list[SpaceSize]]
     world_size: int
     own_leaves: int
     prefetch: int
-    states: tuple[StoredArray, ...]
     schedule: Schedule
     rank: int
     averages: int = 0
@@ -96,12 +96,20 @@ class Formula:
 
     def _state(self) -> int:
         """The rule's states, the averages and, for low-precision parameters, the master."""
-        return sum(self._state_bytes(self._owned(space), space.precision) for space in self._trained())
+        return sum(self._state_bytes(space) for space in self._trained())
 
-    def _state_bytes(self, numel: int, precision: Precision) -> int:
-        """Of ``numel`` elements, whole blocks."""
-        kept = (self.averages + (precision.master != precision.params)) * numel * precision.master.itemsize
-        return kept + sum(numel // array.per * (array.dtype or precision.master).itemsize for array in self.states)
+    def _state_bytes(self, space: SpaceSize) -> int:
+        master, owned = space.precision.master, self._owned(space)
+        kept = [master.itemsize] * (self.averages + (master != space.precision.params))
+        kept += [dtype_of(declared, master).itemsize for declared in in_all(space.states)]
+        first = self.rank * owned if space.stage.shard_state else 0
+        by_tensor = sum(
+            kept_numel(declared, slot, slice(first, first + owned)) * dtype_of(declared, master).itemsize
+            for declared in in_some(space.states)
+            for slot, states in zip(space.layout.slots, space.states, strict=True)
+            if declared in states
+        )
+        return owned * sum(kept) + by_tensor
 
     def _gradients(self) -> int:
         """Kept leaves, partial sums, and what is in flight, followed through the events of one step."""

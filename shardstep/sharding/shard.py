@@ -17,7 +17,6 @@ from shardstep.errors import ConfigError, OwnershipError, RankMismatchError
 from shardstep.layout import fingerprint
 from shardstep.optim import Optimizer
 from shardstep.optim.unruled import refusal
-from shardstep.rules.binding import stored_arrays
 from shardstep.sharding.agreement import Agreement
 from shardstep.sharding.attached import Attached
 from shardstep.sharding.batches import BatchPlan, Collate, MapDataset, MicroBatch, micro_batches
@@ -31,6 +30,7 @@ from shardstep.sharding.modules import check_built, named_modules, seeds
 from shardstep.sharding.nonfinite import NonFiniteTrace
 from shardstep.sharding.space import Space
 from shardstep.sharding.step import Step
+from shardstep.sharding.tensor_states import States
 from shardstep.sharding.unfreezing import Unfreezing
 from shardstep.sharding.unit import Unit
 from shardstep.sharding.units import UnitPlan, plan_units
@@ -172,7 +172,7 @@ def shard(
     built = _build(plans, ranks, ledger)
     trained = [space for unit in built for space in unit.spaces if space.trained]
     for space in trained:
-        space.make_state(optimizer.flat_states)
+        space.make_state(_states(space, optimizer))
     flags = sum(len(space.parameters) for space in trained) + len(buffers.owners)
     agreement = Agreement(ranks, flags)
     gradients = Gradients(trained, ranks, ledger, schedule_, agreement)
@@ -188,11 +188,18 @@ def shard(
     optimizer.attach(step)
 
     def formula(own_leaves: int) -> Formula:
-        sizes = [[SpaceSize(s.layout, s.precision, s.trained, s.stage) for s in unit.spaces] for unit in built]
-        states = tuple(array for declared in optimizer.flat_states for array in stored_arrays(declared))
-        return Formula(sizes, ranks.size, own_leaves, prefetch, states, schedule_, ranks.rank)
+        sizes = [
+            [SpaceSize(s.layout, s.precision, s.trained, s.stage, _states(s, optimizer)) for s in unit.spaces]
+            for unit in built
+        ]
+        return Formula(sizes, ranks.size, own_leaves, prefetch, schedule_, ranks.rank)
 
     return Sharded(built, ranks, ledger, gradients, step, formula, seeds(model))
+
+
+def _states(space: Space, optimizer: Optimizer) -> States:
+    """Those of each parameter of a space."""
+    return [optimizer.states_of(parameter.ndim) for parameter in space.parameters]
 
 
 def _build(plans: list[UnitPlan], group: Group, ledger: Ledger) -> list[Unit]:
@@ -217,7 +224,7 @@ def _check_arguments(
         raise ConfigError("expected a model that is not sharded yet, but shard() was already called on this one")
     if any(getattr(module, ATTRIBUTE, None) is not None for _, module in named_modules(model)):
         raise ConfigError("expected a model that is not sharded yet, but shard() was already called on a part of it")
-    _ = optimizer.flat_states  # raises for a rule that needs whole tensors
+    optimizer.check_shardable()
     if optimizer.attached:
         raise ConfigError("expected an optimizer that is not sharded yet, got one that is; make one for this model")
     if not any(True for _ in model.parameters()):

@@ -6,7 +6,8 @@
     values   owned numel    what the rule's result is written to: ``flat`` at stage 0, else ``shard``.
     master   owned numel    what the rule updates: ``values`` itself, or a wider copy of it.
     state    owned numel    one buffer per named state of the rule, in its declared dtype or the master's; scales of
-                            8-bit states have one entry for each 256 elements.
+                            8-bit states have one entry for each 256 elements;
+                            what is kept tensor by tensor is in `tensor_states`.
     averages owned numel    one buffer per `shardstep.Average` of the model, in the master's dtype.
     leaf     padded numel   the gradient of the current micro-batch; kept between steps below stage 2.
     tree     shard numel    partial sums of all ranks' leaves over this rank's run.
@@ -28,6 +29,7 @@ from shardstep.sharding.freed import FreedParameter
 from shardstep.sharding.memory import Ledger
 from shardstep.sharding.reduce import Tree
 from shardstep.sharding.stand_in import StandIn
+from shardstep.sharding.tensor_states import States, TensorStates, in_all, in_some
 from shardstep.types import SCALED_NUMEL
 
 
@@ -56,6 +58,8 @@ class Space:
         self.local = Tree(ledger, precision.master)
         self.state: dict[str, Tensor] = {}
         self.averages: list[Tensor] = []
+        self.declared: tuple[State, ...] = ()
+        """The states in ``state``."""
         self.is_whole = True
         self.held = 0
         """How many ``gathered`` blocks keep the parameters whole."""
@@ -68,6 +72,7 @@ class Space:
         self.stand_ins: list[StandIn] = []
         """For each parameter, its ``.grad`` from backward to step; empty while nothing is trained."""
         self._place(stage, precision)
+        self.by_tensor = self._tensor_states([()] * len(parameters))
 
     def _place(self, stage: Stage, precision: Precision) -> None:
         """Move the parameters into the flat space, as rank 0 has them, and keep what this rank owns."""
@@ -230,14 +235,24 @@ class Space:
 
     # - optimizer state
 
-    def make_state(self, states: tuple[State, ...]) -> None:
-        """Allocate and start those states of the rule that are not there yet, over what this rank owns."""
-        for declared in states:
+    def make_state(self, states: States) -> None:
+        """Allocate and start those states of each parameter that are not there yet, over what this rank owns."""
+        self.declared = in_all(states)
+        for declared in self.declared:
             if declared.name not in self.state:
                 for array in stored_arrays(declared):
                     numel, dtype = self.master.numel() // array.per, array.dtype or self.precision.master
                     self.state[array.name] = self._ledger.take("state", numel, dtype)
                 self.start_state(declared)
+        if self.by_tensor.declared != in_some(states):
+            before, self.by_tensor = self.by_tensor, self._tensor_states(states)
+            self.by_tensor.take_over(before)
+
+    def _tensor_states(self, states: States) -> TensorStates:
+        owned = [self.owned] * self._group.size
+        if self.stage.shard_state:
+            owned = [slice(r * self.shard_numel, (r + 1) * self.shard_numel) for r in range(self._group.size)]
+        return TensorStates(self.layout, states, self.master, owned, self._group, self._ledger)
 
     def start_state(self, declared: State) -> None:
         """Let a state begin anew."""

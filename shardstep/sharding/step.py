@@ -21,8 +21,9 @@ from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.memory import Ledger
 from shardstep.sharding.nonfinite import NonFiniteTrace
 from shardstep.sharding.space import Space
+from shardstep.sharding.tensor_states import part
 from shardstep.sharding.unfreezing import Unfreezing
-from shardstep.types import Batch, Segment
+from shardstep.types import Batch, Segment, Update
 
 
 @dataclass
@@ -72,7 +73,8 @@ class Step:
         if not self._gradients.leaves:
             return
         keys_of_each = [self._keys(space, groups) for space in self._spaces]
-        self._optimizer.check_update([key for keys in keys_of_each for key in keys if key is not None])
+        for space, keys in zip(self._spaces, keys_of_each, strict=True):
+            self._optimizer.check_update(_updates(space, keys))
         self._gradients.check_complete_subtrees()
         self._gradients.finish()
         for space in self._spaces:
@@ -85,10 +87,9 @@ class Step:
             runs = _tensors(space, keys) if per_tensor else _neighbours(space, keys)
             values = gradient.wait()
             segments = [self._segment(space, values, run, scale) for run in runs]
-            updated = [key for key in keys if key is not None]
             if self._trace is not None:
                 self._trace.remember(segments)
-            yield Batch(segments, updated, Combination(space, keys, self._group, self._gradients.step))
+            yield Batch(segments, _updates(space, keys), Combination(space, keys, self._group, self._gradients.step))
             for index in space.touched:
                 space.steps[index] += 1
             if self._trace is not None:
@@ -107,7 +108,7 @@ class Step:
 
     def include(self, parameters: Sequence[nn.Parameter]) -> None:
         """Train parameters of the model that were frozen so far. Collective."""
-        self._spaces = self._unfreezing.train(parameters, self._optimizer.flat_states)
+        self._spaces = self._unfreezing.train(parameters, self._optimizer.states_of)
 
     def discard(self) -> None:
         self._gradients.discard()
@@ -122,6 +123,10 @@ class Step:
                 if steps:
                     cut = {name: space.of_slot(slot, name, flat).clone() for name, flat in whole.items()}
                     states[parameter] = {"step": torch.tensor(float(steps)), **cut}
+            for declared in space.by_tensor.declared:
+                for index, values in space.by_tensor.whole(declared, f"state {declared.name!r} of {space.where}"):
+                    if space.steps[index]:
+                        states[space.parameters[index]][declared.name] = values
         return states
 
     def adopt_state(self, state: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
@@ -131,11 +136,17 @@ class Step:
             steps = steps.to(self._ledger.device)
             self._group.broadcast(steps, label=f"broadcast of the step counts of {space.where}")
             space.steps = steps.tolist()
-            for declared in self._optimizer.flat_states:
+            for declared in space.declared:
                 space.start_state(declared)
             for name, run in space.state.items() if any(space.steps) else ():
                 flat = self._whole_from_rank_0(space, name, state)
                 run.copy_(flat[space.entries(name, space.owned.start, space.owned.stop)])
+            for declared in space.by_tensor.declared:
+                space.by_tensor.start(declared)
+                if any(space.steps):
+                    found = ((index, state.get(p, {}).get(declared.name)) for index, p in enumerate(space.parameters))
+                    given = {index: values for index, values in found if values is not None}
+                    space.by_tensor.adopt(declared, given, f"broadcast of state {declared.name!r} of {space.where}")
 
     def write_parameters(self, values: Mapping[nn.Parameter, Tensor]) -> None:
         """Replace parameters (and masters) by whole ``values``; every rank gives the same. Collective."""
@@ -220,28 +231,48 @@ class Step:
     def _segment(self, space: Space, gradient: Tensor, run: "_Run", scale: float) -> Segment:
         low = space.values if space.master is not space.values else None
         part = slice(run.start - space.owned.start, run.stop - space.owned.start)
+        state = cut_states(space.state, part.start, part.stop)
+        tensor_state: dict[str, Tensor] = {}
+        if run.index is None:
+            shape, start = None, 0
+        else:
+            slot = space.layout.slots[run.index]
+            shape, start = slot.shape, run.start - slot.offset
+            state |= space.by_tensor.of(run.index, elements=True)
+            tensor_state = space.by_tensor.of(run.index, elements=False)
         return Segment(
             group=run.group,
             step=run.step,
             param=space.master[part],
             grad=gradient[part],
-            state=cut_states(space.state, part.start, part.stop),
+            state=state,
             low=None if low is None else low[part],
             grad_scale=scale,
             offset=run.start,
-            shape=run.shape,
+            shape=shape,
+            start=start,
+            tensor_state=tensor_state,
         )
+
+
+def _updates(space: Space, keys: list[Key]) -> list[Update]:
+    """Every parameter of a space that is updated, on this rank or another."""
+    slots = zip(space.layout.slots, keys, strict=True)
+    return [Update(*key, slot.shape) for slot, key in slots if key is not None]
 
 
 @dataclass
 class _Run:
-    """Elements [start, stop) of a flat space, with one step count and the hyper-parameters of one group."""
+    """Elements [start, stop) of a flat space, with one step count and the hyper-parameters of one group.
+
+    ``index``: the parameter that they belong to, if it is one.
+    """
 
     group: int
     step: int
     start: int
     stop: int
-    shape: tuple[int, ...] | None
+    index: int | None
 
 
 def _neighbours(space: Space, keys: list[Key]) -> Iterator[_Run]:
@@ -253,7 +284,7 @@ def _neighbours(space: Space, keys: list[Key]) -> Iterator[_Run]:
 
 def _tensors(space: Space, keys: list[Key]) -> Iterator[_Run]:
     """What this rank owns of each touched parameter, without the gaps between them."""
-    for slot, key in zip(space.layout.slots, keys, strict=True):
-        start, stop = max(slot.offset, space.owned.start), min(slot.end, space.owned.stop)
+    for index, (slot, key) in enumerate(zip(space.layout.slots, keys, strict=True)):
+        start, stop = part(slot, space.owned)
         if key is not None and start < stop:
-            yield _Run(*key, start, stop, slot.shape)
+            yield _Run(*key, slot.offset + start, slot.offset + stop, index)

@@ -5,7 +5,7 @@ master, state), and their gradients are awaited. A master begins with the stored
 rounding at `shard` has left of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
@@ -34,10 +34,10 @@ class Unfreezing:
             for index, parameter in enumerate(space.parameters)
         }
 
-    def train(self, parameters: Sequence[nn.Parameter], states: tuple[State, ...]) -> list[Space]:
-        """Train these too, by a rule with these states; returns all spaces that are trained then. Collective.
+    def train(self, parameters: Sequence[nn.Parameter], states_of: Callable[[int], tuple[State, ...]]) -> list[Space]:
+        """Train these too; ``states_of``: the states of params of so many dimensions. Returns all trained spaces.
 
-        Raises a ConfigError, SequenceError or RankMismatchError before anything has changed.
+        Collective. Raises a ConfigError, SequenceError or RankMismatchError before anything has changed.
         """
         self._check(parameters)
         found = [self._frozen[id(parameter)] for parameter in parameters]
@@ -50,7 +50,7 @@ class Unfreezing:
             del self._frozen[id(space.parameters[index])]
         trained = [space for space in self._spaces if space.trained]
         for space in trained:
-            space.make_state(states)
+            space.make_state([states_of(parameter.ndim) for parameter in space.parameters])
         self._gradients.collect(trained)
         return trained
 

@@ -75,6 +75,10 @@ class Whole:
                     for slot, steps in zip(space.layout.slots, space.steps, strict=True):
                         if steps or what in runs:
                             yield slot.name, what, space.of_slot(slot, what, flat)
+                for declared in space.by_tensor.declared:
+                    for index, values in space.by_tensor.whole(declared, f"reading {declared.name!r} of {space.where}"):
+                        if space.steps[index]:
+                            yield space.layout.slots[index].name, declared.name, values
                 for slot, steps in zip(space.layout.slots, space.steps, strict=True):
                     yield slot.name, "step", torch.tensor(steps)
 

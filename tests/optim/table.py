@@ -37,7 +37,7 @@ class Row:
     @property
     def is_compiled(self) -> bool:
         """Whether it runs in kernels, and shards; rules with one number for each tensor do not yet."""
-        return not compile_rule(self.kind.rule).needs_whole_tensors
+        return compile_rule(self.kind.rule).locality != "matrix"
 
     @property
     def adds_over_tensors(self) -> bool:

@@ -9,7 +9,7 @@ from torch import nn
 
 from shardstep.errors import ConfigError
 from shardstep.optim import AdamW
-from shardstep.types import Batch, Segment
+from shardstep.types import Batch, Segment, Update
 
 
 class Halves:
@@ -24,7 +24,7 @@ class Halves:
         self.log = []
 
     def batches(self, *, per_tensor):
-        yield from (Batch([s], [(s.group, s.step)], lambda sums, _: sums) for s in self.segments())
+        yield from (Batch([s], [Update(s.group, s.step, ())], lambda sums, _: sums) for s in self.segments())
 
     def segments(self):
         for group, param in self.params:

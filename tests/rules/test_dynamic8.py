@@ -19,7 +19,7 @@ from shardstep.rules.ir import Phase, parse_text
 from shardstep.rules.lower import program_of
 from shardstep.rules.passes import compile_phases, compile_truths
 from shardstep.rules.scalars import compile_scalars
-from shardstep.types import Batch, Segment
+from shardstep.types import Batch, Segment, Update
 from tests.rules.examples import lamb
 from tests.rules.programs import same_bits
 from tests.rules.test_llvm import TARGETS, machine_runs
@@ -297,8 +297,8 @@ def test_sums_over_tensors_are_of_the_decoded_values(monkeypatch):
             states[name], states[f"{name}_scale"] = encode(numbers, arrays[kept].dtype)
         segment = Segment(0, 2, arrays["param"], arrays["grad"], states, None, 1.0, offset=768, shape=(5000,))
         made = compiled.CompiledRule(lamb8)
-        assert made.per_tensor
-        made.update(Batch([segment], [(0, 2)], lambda sums, _: sums), [{**lamb8.hyperparameters, "lr": 0.1}])
+        assert made.is_by_tensor
+        made.update(Batch([segment], [Update(0, 2, ())], lambda sums, _: sums), [{**lamb8.hyperparameters, "lr": 0.1}])
         results.append({"param": segment.param, **states})
     assert_same(*results)
     assert results[0]["param"].isfinite().all()
@@ -374,4 +374,4 @@ def test_segments_that_do_not_fit_are_refused(changed, said):
     segment = segment_with(**changed)
     made = compiled.compile_rule(ADAMW8)
     with pytest.raises(ConfigError, match=said):
-        made.update(Batch([segment], [(0, 1)], lambda sums, _: sums), [{**ADAMW8.hyperparameters}])
+        made.update(Batch([segment], [Update(0, 1, ())], lambda sums, _: sums), [{**ADAMW8.hyperparameters}])

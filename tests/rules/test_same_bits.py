@@ -18,7 +18,7 @@ from shardstep.rules.ir import Phase, parse_text
 from shardstep.rules.passes import compile_phases, compile_truths
 from shardstep.rules.passes.gradient import scale_gradient
 from shardstep.rules.scalars import compile_scalars
-from shardstep.types import Batch, Segment
+from shardstep.types import Batch, Segment, Update
 from tests.rules import examples
 from tests.rules.programs import SCALARS, programs, random_array, random_arrays, same_bits
 
@@ -151,7 +151,7 @@ def test_the_copy_of_a_large_param_overflows_silently(rule):
     made = compiled.compile_rule(rule)
     states = {state.name: torch.zeros(16) for state in made.program.states}
     segment = Segment(0, 1, param, torch.ones(16), states, low, 1.0, shape=(4, 4))
-    made.update(Batch([segment], [(0, 1)], lambda sums, _: sums), [{**rule.hyperparameters}])
+    made.update(Batch([segment], [Update(0, 1, (4, 4))], lambda sums, _: sums), [{**rule.hyperparameters}])
     assert low.isinf().all()
 
 

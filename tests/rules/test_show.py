@@ -9,7 +9,7 @@ from shardstep.errors import ConfigError
 from shardstep.optim.adam import adamw
 from shardstep.rules import rule, state
 from shardstep.rules.show import STAGES, debug, show
-from tests.rules.examples import adafactor, lamb, sgd
+from tests.rules.examples import adafactor, lamb, muon, sgd
 
 EXAMPLES = Path(__file__).with_name("examples.py")
 
@@ -51,7 +51,7 @@ def test_code_is_for_states_as_they_are_declared():
 
 
 def test_a_rule_for_whole_tensors_has_no_phases():
-    assert "--- phase 0" not in show(adafactor, "passes", {})
+    assert "--- phase 0" not in show(muon, "passes", {})
     assert show(adafactor, "check", {}).splitlines()[-1].startswith("factored: row_sum in line")
 
 

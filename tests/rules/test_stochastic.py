@@ -23,7 +23,7 @@ from shardstep.rules.lower import program_of
 from shardstep.rules.passes import compile_truths, cut, stages
 from shardstep.rules.passes.stochastic import round_stochastically
 from shardstep.rules.scalars import compile_scalars
-from shardstep.types import Batch, Segment
+from shardstep.types import Batch, Segment, Update
 from tests.rules.exact import FORMATS
 from tests.rules.examples import adafactor, lamb
 from tests.rules.programs import same_bits
@@ -49,7 +49,7 @@ def segment(param, grad, seed, step=1, offset=0, shape=None, **state):
 
 
 def update(rule, *segments, **hypers):
-    batch = Batch(list(segments), [(s.group, s.step) for s in segments], lambda sums, _: sums)
+    batch = Batch(list(segments), [Update(s.group, s.step, s.shape or ()) for s in segments], lambda sums, _: sums)
     compile_rule(rule).update(batch, [{**rule.hyperparameters, **hypers}])
 
 
@@ -252,7 +252,7 @@ def test_without_llvm_the_bits_are_the_same(monkeypatch):
     made = [part(arrays, 0, 3000, TURN - 77) for _ in range(2)]
     for one, back_end in zip(made, (llvm.compile_phase, reference.compile_phase), strict=True):
         monkeypatch.setattr(compiled, "_back_end", lambda device, back_end=back_end: back_end)
-        CompiledRule(adamw).update(Batch([one], [(0, 2)], lambda sums, _: sums), [adamw.hyperparameters])
+        CompiledRule(adamw).update(Batch([one], [Update(0, 2, ())], lambda sums, _: sums), [adamw.hyperparameters])
     assert same_bits(made[0].param, made[1].param)
 
 
@@ -273,13 +273,13 @@ def test_sums_are_of_what_was_not_rounded_yet(offset):
     assert not random.param.equal(nearest.param)
 
 
-def test_rules_that_see_whole_tensors_round_so_too():
+def test_rules_in_several_phases_round_so_too():
     torch.manual_seed(0)
     param, grad = torch.randn(2, 40 * 30)
     made = []
     for dtype, seed in ((BF16, 6), (BF16, None), (F32, None)):
-        states = {"row": torch.zeros(40), "column": torch.zeros(30)}
-        made.append(segment(param.to(BF16).to(dtype), grad, seed, 2, 100, (40, 30), **states))
+        one = segment(param.to(BF16).to(dtype), grad, seed, 2, 100, (40, 30))
+        made.append(replace(one, tensor_state={"row": torch.zeros(40, 1), "column": torch.zeros(1, 30)}))
         update(adafactor, made[-1])
     random, nearest, exact = made
     assert same_bits(nearest.param, exact.param.to(BF16))

@@ -30,10 +30,14 @@ class State:
 
 @dataclass(frozen=True)
 class Hyper:
-    """A hyper-parameter, or ``step``; ``count`` is the number of its entries if it is a tuple."""
+    """A hyper-parameter, or ``step``; ``count`` is the number of its entries if it is a tuple.
+
+    In a phase it may be one number for each row or column.
+    """
 
     name: str
     count: int | None = None
+    shape: Shape = "uniform"
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,16 @@ class Builder:
     def load(self, name: str, place: Place | None = None) -> int:
         return self._append("load", (name,), (), Type("real", self._shapes[name]), place)
 
-    def hyper(self, name: str, index: int | None = None, kind: Kind = "real", place: Place | None = None) -> int:
+    def hyper(
+        self,
+        name: str,
+        index: int | None = None,
+        kind: Kind = "real",
+        place: Place | None = None,
+        shape: Shape = "uniform",
+    ) -> int:
         attributes = (name,) if index is None else (name, index)
-        return self._append("hyper", attributes, (), Type(kind, "uniform"), place)
+        return self._append("hyper", attributes, (), Type(kind, shape), place)
 
     def emit(
         self, operation: str, *arguments: int, attributes: tuple[Attribute, ...] = (), place: Place | None = None

@@ -49,8 +49,8 @@ def _fault_of_source(program: Program, line: Instruction) -> str | None:
         expected = Type("real", program.shapes[str(name)])
         return None if line.type == expected else f"expected the type {expected}, got {line.type}"
     hyper = next((h for h in program.hypers if h.name == name), None)
-    if hyper is None or line.type.shape != "uniform" or line.type.kind == "word":
-        return f"no uniform hyper-parameter {name!r} of kind {line.type.kind}"
+    if hyper is None or line.type.shape != hyper.shape or line.type.kind == "word":
+        return f"no hyper-parameter {name!r} that is {line.type}"
     if hyper.count is None:
         return "an entry of what is not a tuple" if len(line.attributes) > 1 else None
     entry = line.attributes[1] if len(line.attributes) == 2 else None

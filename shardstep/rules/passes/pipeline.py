@@ -1,6 +1,6 @@
 """All passes in their order, the verifier between them.
 
-    gradient · [stochastic] · specialise · constants · dead · elementary
+    gradient · [stochastic] · specialise · exact · constants · dead · elementary
     · { constants · strength · common · dead } · split
 
 What is in brackets runs if it is asked for. The braces are gone through until nothing changes: sharing can make two
@@ -16,6 +16,7 @@ from shardstep.rules.passes.common import share_common
 from shardstep.rules.passes.constants import fold_constants
 from shardstep.rules.passes.dead import drop_dead
 from shardstep.rules.passes.elementary import expand
+from shardstep.rules.passes.exact import find_largest
 from shardstep.rules.passes.gradient import scale_gradient
 from shardstep.rules.passes.specialise import specialise
 from shardstep.rules.passes.split import split
@@ -64,6 +65,7 @@ def stages(
     if rounded is not None:
         run("stochastic", lambda given: round_stochastically(given, rounded))
     run("specialise", lambda given: specialise(given, truths))
+    run("exact", find_largest)
     run("constants", fold_constants)
     run("dead", drop_dead)
     run("elementary", lambda given: expand(given, compute))

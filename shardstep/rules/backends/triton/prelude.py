@@ -27,6 +27,13 @@ def sign(x):
     """-1, 0 or 1; 0 for NaN and for zeros."""
     return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0)).to(x.dtype)
 ''',
+    "order": '''\
+@triton.jit
+def order(x):
+    """An integer that is ordered as float64 is; NaN comes last."""
+    bits = tl.where(x != x, float("nan"), x + 0.0).to(tl.int64, bitcast=True)
+    return tl.where(x != x, 0x7FF8000000000000, tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits))
+''',
     "from_bfloat16": '''\
 @triton.jit
 def from_bfloat16(x):
