@@ -211,11 +211,11 @@ class Body:
         return f"%array{self._job.place(name)}"
 
     def _keep(self, name: str, value: str) -> None:
-        """In float32 until the run is done, when the scale of all is known."""
+        """In float32 until all that share a scale are there."""
         code = self._code
         if self._compute == torch.float64:
             value = code.let(f"fptrunc {code.type('double')} {value} to {code.type('float')}")
-        place = code.let(f"sub i64 {self._index}, %begin")
+        place = code.let(f"and i64 {self._index}, {SCALED_NUMEL - 1}")
         address = code.let(f"getelementptr float, ptr %new{self._job.place(name)}, i64 {place}")
         code.line(f"store {code.type('float')} {value}, ptr {address}, align 4")
 

@@ -9,6 +9,7 @@ from shardstep.rules.backends.blocks import LANES
 from shardstep.rules.backends.llvm.body import Job, Reduction, combined
 from shardstep.rules.backends.llvm.code import REAL, Code
 from shardstep.types import BLOCK_NUMEL as BLOCK
+from shardstep.types import SCALED_NUMEL
 
 
 def empty_lanes(reduction: Reduction) -> str:
@@ -36,6 +37,9 @@ def begin_of_row(job: Job) -> str:
     if job.of_blocks:
         code.lines += _block()
         limit = "%block.end"
+    if job.is_scaled:
+        code.lines += [f"  {line}" for line in scale_of(limit)]
+        limit = "%scale.end"
     code.lines += [
         "  %now = add i64 %place, %begin",
         "  %line = udiv i64 %now, %columns",
@@ -59,6 +63,16 @@ def begin_of_row(job: Job) -> str:
             code.line(f"%of.v{k} = load {real}, ptr {address}")
     code.lines += [f"  {empty_lanes(reduction)}" for reduction in job.of_rows]
     return "\n".join(code.lines)
+
+
+def scale_of(limit: str) -> list[str]:
+    """Which elements share a scale with the run's first one: up to ``limit``."""
+    return [
+        f"%scale.first = and i64 %begin, {-SCALED_NUMEL}",
+        f"%beyond.scale = add i64 %scale.first, {SCALED_NUMEL}",
+        f"%whole.scale = icmp ult i64 %beyond.scale, {limit}",
+        f"%scale.end = select i1 %whole.scale, i64 %beyond.scale, i64 {limit}",
+    ]
 
 
 def _block() -> list[str]:

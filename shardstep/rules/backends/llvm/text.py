@@ -13,7 +13,7 @@ from shardstep.rules.backends.blocks import LANES
 from shardstep.rules.backends.llvm.body import Body, Job
 from shardstep.rules.backends.llvm.code import Code
 from shardstep.rules.backends.llvm.dynamic8 import call_of_encoder, encoders
-from shardstep.rules.backends.llvm.lanes import begin_of_row, empty_lanes, end_of_row, fold_blocks
+from shardstep.rules.backends.llvm.lanes import begin_of_row, empty_lanes, end_of_row, fold_blocks, scale_of
 from shardstep.rules.backends.llvm.shared import Shared
 from shardstep.rules.binding import scale_name
 from shardstep.types import BLOCK_NUMEL as BLOCK
@@ -85,7 +85,7 @@ def _row(job: Job) -> str:
     """One row. It must not become part of ``run``, whose setting of denormals comes first."""
     shared = Shared(job.phase.body, job.binding.compute)
     scalar, vector = Body(job, 1, "%i", shared), Body(job, job.width, "%j", shared)
-    last = "row.done" if job.phase.has_lines and job.of_blocks else "run.done"
+    last = "row.done" if job.phase.has_lines and job.of_blocks else "scale.next" if job.encoded else "run.done"
     accumulators = [
         f"%held{r.number} = phi <16 x {r.type}> "
         f"[%before{r.number}, %vector.begin], [{vector.accumulators[r.number]}, %vector]"
@@ -132,7 +132,8 @@ vector.done:
 {_each(job, "store <16 x {type}> %held{k}, ptr %lanes{k}")}
   br label %scalar.test
 run.done:
-{end_of_row(job) if job.phase.has_lines else _folds(job)}{_encodings(job)}
+{end_of_row(job) if job.phase.has_lines else _folds(job)}
+{_encodings(job)}
   %all = icmp eq i64 %end, %count
   br i1 %all, label %exit, label %run
 exit:
@@ -153,7 +154,9 @@ def _begin(job: Job) -> str:
     """The %end of the run, and the length of the %head before its vectors."""
     if job.phase.has_lines:
         return begin_of_row(job)
-    return _run_in_block(job) if job.reductions else _whole_run(job)
+    if job.reductions:
+        return _run_in_block(job)
+    return _run_of_a_scale(job) if job.is_scaled else _whole_run(job)
 
 
 def _prologue(job: Job) -> str:
@@ -201,9 +204,8 @@ _HEAD: Final = """  %low.begin = getelementptr i16, ptr %low, i64 %begin
 
 def _run_of_a_scale(job: Job) -> str:
     """The same for the elements of one scale."""
-    return f"""  %beyond.scale = add i64 %begin, {SCALED_NUMEL}
-  %whole.scale = icmp ult i64 %beyond.scale, %count
-  %end = select i1 %whole.scale, i64 %beyond.scale, i64 %count
+    return f"""{_lines(scale_of("%count"))}
+  %end = add i64 %scale.end, 0
 {_HEAD if job.full_lines else "  %head = add i64 0, 0"}"""
 
 
@@ -228,14 +230,21 @@ def _folds(job: Job) -> str:
 
 
 def _encodings(job: Job) -> str:
-    """The new states in 8 bits, when a run has made all numbers that share a scale."""
+    """The new states in 8 bits, if this run has made the last of the numbers that share a scale."""
     if not job.encoded:
         return ""
-    shift = SCALED_NUMEL.bit_length() - 1
-    lines = ["%length = sub i64 %end, %begin", f"%entry.of.scale = lshr i64 %begin, {shift}"]
+    lines = [
+        "%scale.over = icmp eq i64 %end, %scale.end",
+        "br i1 %scale.over, label %scale.done, label %scale.next",
+    ]
+    inside = [
+        "%length = sub i64 %end, %scale.first",
+        f"%entry.of.scale = lshr i64 %scale.first, {SCALED_NUMEL.bit_length() - 1}",
+    ]
     for name, stored in job.encoded:
         codes, scale = job.place(name), job.place(scale_name(name))
-        lines.append(f"%codes{codes} = getelementptr i8, ptr %array{codes}, i64 %begin")
-        lines.append(f"%scale{codes} = getelementptr float, ptr %array{scale}, i64 %entry.of.scale")
-        lines.append(call_of_encoder(stored, f"%new{codes}", f"%codes{codes}", f"%scale{codes}", "%length"))
-    return _lines(lines)
+        inside.append(f"%codes{codes} = getelementptr i8, ptr %array{codes}, i64 %scale.first")
+        inside.append(f"%scale{codes} = getelementptr float, ptr %array{scale}, i64 %entry.of.scale")
+        inside.append(call_of_encoder(stored, f"%new{codes}", f"%codes{codes}", f"%scale{codes}", "%length"))
+    inside.append("br label %scale.next")
+    return "\n".join([_lines(lines), "scale.done:", _lines(inside), "scale.next:"])
