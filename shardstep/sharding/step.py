@@ -66,7 +66,7 @@ class Step:
 
     def batches(self, *, per_tensor: bool) -> Iterator[Batch]:
         """Everything that this rank updates, space by space; each is published as soon as it is updated."""
-        self._check_not_held()
+        self._check_not_held("optimizer.step()")
         groups = self._group_of_each()
         self._unfreezing.check_not_trained(groups)
         self._agree()
@@ -150,7 +150,7 @@ class Step:
 
     def write_parameters(self, values: Mapping[nn.Parameter, Tensor]) -> None:
         """Replace parameters (and masters) by whole ``values``; every rank gives the same. Collective."""
-        self._check_not_held()
+        self._check_not_held("the replacement of parameters")
         self._announce_reading()
         for space in self._spaces:
             whole = space.whole(space.master, "writing parameters")
@@ -173,10 +173,10 @@ class Step:
 
     # - the parts of a step
 
-    def _check_not_held(self) -> None:
+    def _check_not_held(self, what: str) -> None:
         if any(space.held for space in self._spaces):
             raise SequenceError(
-                "expected the optimizer to write outside 'with shardstep.gathered(model):', got it inside: what it "
+                f"expected {what} outside 'with shardstep.gathered(model):', got it inside: what it "
                 "writes would be overwritten by the whole values at the end of the block"
             )
 
