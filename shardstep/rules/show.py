@@ -20,7 +20,7 @@ from shardstep.rules.language import Rule
 from shardstep.rules.locality import locality, needs_whole_tensors
 from shardstep.rules.lower import lower, program_of
 from shardstep.rules.parse import parse
-from shardstep.rules.passes import compile_phases, cut, drop_dead, specialise, stages, truths
+from shardstep.rules.passes import compile_phases, compile_truths, cut, drop_dead, specialise, stages, truths
 from shardstep.rules.scalars import expression
 from shardstep.rules.trace_values import Line, first_non_finite, trace_values
 
@@ -80,7 +80,7 @@ def explain(rule: Rule, values: Mapping[str, float], hypers: Mapping[str, object
 def _taken(rule: Rule, hypers: Mapping[str, object]) -> Program:
     """What ``rule`` does with these hyper-parameters: an infinity in a branch that is not taken is nobody's fault."""
     program = program_of(rule)
-    return drop_dead(specialise(program, truths(program, hypers)))
+    return drop_dead(specialise(program, compile_truths(program)(hypers)))
 
 
 def complete(rule: Rule, given: Mapping[str, object]) -> dict[str, object]:
