@@ -2,7 +2,8 @@
 
 Against torch's fused kernels where there are such on the CPU, else its foreach, else its for-loop: 25 M parameters in
 200 tensors, large and small. Both step in turns, in an order that is shuffled anew each round; ratios are taken within
-one. What is measured is the whole ``optimizer.step()``. Bytes are those that a step reads and writes.
+one. What is measured is the CPU time of the whole ``optimizer.step()``, which a busy machine disturbs least. Bytes are
+those that a step reads and writes.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Step = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Result:
-    """One optimizer: seconds of each round, ours and torch's; ``peer`` says which of torch's, if any."""
+    """One optimizer: CPU seconds of each round, ours and torch's; ``peer`` says which of torch's, if any."""
 
     name: str
     peer: str | None
@@ -57,10 +58,10 @@ def measured(kind: type[optim.Optimizer], sizes: list[int], rounds: int) -> Resu
     chance, seconds = random.Random(0), {name: list[float]() for name in steps}
     for turn in range(rounds + 2):
         for name in chance.sample(list(steps), len(steps)):
-            begin = time.perf_counter()
+            begin = time.process_time()
             steps[name]()
             if turn > 1:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(time.process_time() - begin)
     step_bytes = 4 * sum(sizes) * (3 + 2 * len(own.state_names))
     return Result(kind.__name__, peer, step_bytes, seconds["ours"], seconds.get("theirs", []))
 
@@ -98,7 +99,7 @@ def report(results: list[Result], numel: int, threads: int) -> str:
         f"{about['cpu']}, torch {about['torch']}, {numel:,} float32 parameters in 200 tensors, {threads} thread(s), "
         f"{about['date']}, load {about['load']:.1f}",
         "",
-        "| optimizer | ms | GB/s | torch's | ms | torch's time / ours: median (quartiles) |",
+        "| optimizer | CPU ms | GB/s | torch's | CPU ms | torch's time / ours: median (quartiles) |",
         "|---|---|---|---|---|---|",
     ]
     for result in results:

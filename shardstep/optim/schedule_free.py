@@ -145,9 +145,15 @@ class AdamWScheduleFree(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        before = [{"lr_max": group["lr_max"], "weight_sum": group["weight_sum"]} for group in self.param_groups]
         for group in self.param_groups:
             _weigh(group)
-        super().step()
+        try:
+            super().step()
+        except BaseException:  # a step that cannot be made changes nothing
+            for group, values in zip(self.param_groups, before, strict=True):
+                group.update(values)
+            raise
         for group in self.param_groups:
             group["k"] += 1
         return loss

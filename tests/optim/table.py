@@ -4,10 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch import optim as torch_optim
 
-from shardstep import optim
+from shardstep import optim, shard
+from shardstep.errors import ConfigError
 from shardstep.rules.compiled import compile_rule
 from tests.optim import papers
 
@@ -35,9 +36,19 @@ class Row:
         return self.kind.__name__
 
     @property
-    def is_compiled(self) -> bool:
-        """Whether it runs in kernels, and shards; rules with one number for each tensor do not yet."""
-        return compile_rule(self.kind.rule).locality != "matrix"
+    def shards(self) -> bool:
+        """Whether shard() takes it."""
+        model = nn.Linear(2, 2)
+        try:
+            shard(model, self.kind(model.parameters()))
+        except ConfigError:
+            return False
+        return True
+
+    @property
+    def has_single_numbers(self) -> bool:
+        """Whether it has states of one number for each tensor, which torch keeps in float32."""
+        return any(state.shape == "tensor" for state in self.kind.rule.declared)
 
     @property
     def adds_over_tensors(self) -> bool:

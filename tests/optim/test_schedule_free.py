@@ -60,6 +60,15 @@ def test_a_step_while_evaluating_is_refused_and_changes_nothing():
     assert [group["k"] for group in optimizer.param_groups] == [group["k"] for group in groups]
 
 
+def test_a_step_that_cannot_be_made_leaves_the_groups_as_they_were():
+    params, optimizer, _ = trained()
+    before = {name: optimizer.param_groups[0][name] for name in ("k", "lr_max", "weight_sum")}
+    params[0].grad = torch.ones(5, 6).to_sparse()
+    with pytest.raises(ss.ConfigError, match="dense gradient"):
+        optimizer.step()
+    assert {name: optimizer.param_groups[0][name] for name in before} == before
+
+
 def test_what_is_saved_while_evaluating_goes_on_in_another_process():
     params, optimizer, _ = trained(torch.float64)
     y = [param.detach().clone() for param in params]

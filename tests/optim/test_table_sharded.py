@@ -9,7 +9,7 @@ from tests.optim.table import ROWS, Row
 
 LEAVES, STEPS = 4, 2
 STAGES = (0, 1, 2, 3)
-SHARDABLE = {row.name: row for row in ROWS if row.is_compiled}
+SHARDABLE = {row.name: row for row in ROWS if row.shards}
 
 
 class Small(nn.Module):
