@@ -94,13 +94,11 @@ class _Job:
     def sums(self, number: int) -> tuple[tuple[str, int], ...]:
         return self.variant.passes[number].sums if number < len(self.variant.passes) else ()
 
-    def partials(self, number: int) -> list[Tensor]:
-        """What the reductions of a phase before the last give."""
-        if not self.sums(number):
-            return []
-        phase, lines = self.variant.passes[number], self.before(number)
-        scalars = phase.scalars(self.common.hypers, self.known)
-        return list(phase.kernel(_arrays(self.segment), scalars, offset=self.segment.offset, lines=lines))
+    def early_row(self, number: int) -> llvm.Row:
+        """What a phase before the last is called with."""
+        lines = self.before(number)
+        scalars = self.variant.passes[number].scalars(self.common.hypers, self.known)
+        return llvm.Row(_arrays(self.segment), scalars, self.segment.offset, None, lines)
 
     def take(self, number: int, whole: list[Tensor]) -> None:
         """What they give for the whole tensor."""
@@ -253,7 +251,7 @@ class CompiledRule:
         everywhere = [self._reductions(groups[update.group], update) for update in batch.updated]
         for number in range(max(map(len, everywhere), default=0)):
             reductions = [phases[number] if number < len(phases) else () for phases in everywhere]
-            partials = [job.partials(number) for job in jobs]
+            partials = _reduced(jobs, number)
             for job, whole in zip(jobs, batch.combine(partials, reductions), strict=True):
                 job.take(number, whole)
 
@@ -348,13 +346,25 @@ def _arrays(segment: Segment) -> dict[str, Tensor]:
     return {"param": segment.param, "grad": segment.grad, **segment.state}
 
 
-def _run(kernel: PhaseKernel, rows: list[llvm.Row]) -> None:
-    """The phase that stores, on segments that share their kernel: in one call where the back end can."""
+def _reduced(jobs: list[_Job], number: int) -> list[list[Tensor]]:
+    """What the reductions of a phase before the last give, for each job; nothing for those without that phase."""
+    made: list[list[Tensor]] = [[] for _ in jobs]
+    together: dict[int, list[int]] = {}
+    for index, job in enumerate(jobs):
+        if job.sums(number):
+            together.setdefault(id(job.variant), []).append(index)
+    for indices in together.values():
+        kernel = jobs[indices[0]].variant.passes[number].kernel
+        for index, found in zip(indices, _run(kernel, [jobs[i].early_row(number) for i in indices]), strict=True):
+            made[index] = list(found)
+    return made
+
+
+def _run(kernel: PhaseKernel, rows: list[llvm.Row]) -> list[tuple[Tensor, ...]]:
+    """A phase on segments that share their kernel: in one call where the back end can."""
     if len(rows) > 1 and isinstance(kernel, llvm.LlvmKernel):
-        kernel.many(rows)
-        return
-    for row in rows:
-        kernel(row.arrays, row.scalars, offset=row.offset, low=row.low, lines=row.lines)
+        return kernel.many(rows)
+    return [kernel(row.arrays, row.scalars, offset=row.offset, low=row.low, lines=row.lines) for row in rows]
 
 
 def _counted(segment: Segment, what: str) -> float:

@@ -122,9 +122,9 @@ class LlvmKernel:
 
     def many(self, rows: Sequence[Row]) -> list[tuple[Tensor, ...]]:
         """Run it in place on many tensors, in one call or in a few by several threads; the partials of each row."""
-        if any(reduction.along for reduction in self._reductions):
-            return [self._in_parts(row) for row in rows]
         counts = [next(iter(row.arrays.values())).numel() for row in rows]  # a phase may use none but the index
+        if any(reduction.along for reduction in self._reductions):
+            return self._many_of_lines(rows, counts)
         rooms: list[list[Tensor]] = [[]] * len(rows)
         if self._reductions:
             rooms = [self._room(count, row) for count, row in zip(counts, rows, strict=True)]
@@ -136,24 +136,33 @@ class LlvmKernel:
         run_all(self._run, self._calls(rows, counts, rooms, length), threads)
         return [tuple(room) for room in rooms]
 
-    def _in_parts(self, row: Row) -> tuple[Tensor, ...]:
-        """One tensor whose rows or columns are reduced: each thread has a part, and numbers of its own to add to."""
+    def _many_of_lines(self, rows: Sequence[Row], counts: Sequence[int]) -> list[tuple[Tensor, ...]]:
+        """Many tensors whose rows or columns are reduced: no two threads may add to the same numbers."""
+        threads = torch.get_num_threads()
+        large = [count > WORTH_THREADS and threads > 1 for count in counts]
+        made = [self._in_parts(row, threads) if cut else () for row, cut in zip(rows, large, strict=True)]
+        whole = [(i, rows[i], self._room(counts[i], rows[i])) for i, cut in enumerate(large) if not cut]
+        calls = []
+        for turn in range(threads):  # some of the tensors for each
+            pieces = [self._whole_piece(row, room) for _, row, room in whole[turn::threads]]
+            calls += [(b"".join(pieces), len(pieces))] if pieces else []
+        run_all(self._run, calls, threads if sum(counts) > WORTH_THREADS else 1)
+        for i, _, room in whole:
+            made[i] = tuple([values.double() for values in room])
+        return made
+
+    def _in_parts(self, row: Row, threads: int) -> tuple[Tensor, ...]:
+        """One large tensor: each thread has a part, and numbers of its own to add to."""
         count = next(iter(row.arrays.values())).numel()
-        threads = torch.get_num_threads() if count > WORTH_THREADS else 1
         ends = list(cuts(count, row.offset, -(-count // threads) + BLOCK))
         parts = [_part(row, begin, end) for begin, end in ends]
         rooms = [self._room(end - begin, part) for (begin, end), part in zip(ends, parts, strict=True)]
-        calls = [
-            (self._piece(part, self._addresses(part.arrays, part.low), self._partials(part, room), 0, end - begin), 1)
-            for (begin, end), part, room in zip(ends, parts, rooms, strict=True)
-        ]
+        calls = [(self._whole_piece(part, room), 1) for part, room in zip(parts, rooms, strict=True)]
         run_all(self._run, calls, threads)
         return tuple(self._joined(reduction, row, ends, rooms) for reduction in self._reductions)
 
     def _joined(self, reduction: Reduction, row: Row, ends: list[tuple[int, int]], rooms: list[list[Tensor]]) -> Tensor:
         parts = [room[reduction.number].double() for room in rooms]
-        if len(parts) == 1:
-            return parts[0]
         if reduction.along is None or row.lines is None:
             return torch.cat([torch.empty(0, dtype=torch.float64), *parts])
         start, shape = row.lines.start, reduction.line.type.shape
@@ -215,6 +224,10 @@ class LlvmKernel:
             raise self._misfit(low)
         found.append(0 if low is None else low.data_ptr())
         return found
+
+    def _whole_piece(self, row: Row, room: list[Tensor]) -> bytes:
+        count = next(iter(row.arrays.values())).numel()
+        return self._piece(row, self._addresses(row.arrays, row.low), self._partials(row, room), 0, count)
 
     def _piece(self, row: Row, addresses: list[int], partials: list[int], begin: int, end: int) -> bytes:
         """Elements ``begin`` to ``end`` of a row, as a row of their own."""
