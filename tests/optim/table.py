@@ -166,6 +166,12 @@ ROWS = (
         paper=papers.lamb,
     ),
     Row(
+        optim.Adafactor,
+        (0.3, 0.05, 0.05),
+        {"plain": {"lr": 0.05}, "decaying": {"lr": 0.1, "weight_decay": 0.1, "beta2_decay": -0.5, "d": 1.5}},
+        torch=torch_optim.Adafactor,
+    ),
+    Row(
         optim.LARS,
         (1.0, 0.1, 0.5),
         {"plain": {"lr": 0.1}, "decaying": {"lr": 0.5, "weight_decay": 0.1, "trust_coefficient": 0.01}},
