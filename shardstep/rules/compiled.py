@@ -278,8 +278,8 @@ class CompiledRule:
         found: dict[tuple[object, ...], _Common] = {}
         jobs = []
         for segment in segments:
-            if not segment.param.numel():
-                continue  # it has no rows, no columns and no blocks
+            if self.locality == "factored" and not segment.param.numel():
+                continue  # it has no rows and columns
             arrays = _arrays(segment)
             kind = (segment.seed is None, *arrays, *checked(arrays, segment.low, segment.offset))
             turn = 0 if segment.seed is None else segment.offset // noise.TURN
