@@ -161,7 +161,7 @@ class Optimizer(torch.optim.Optimizer):
         """Which line of the rule makes the first infinity or NaN when element ``index`` of ``segment`` is updated; None
         if none does.
         """
-        if compile_rule(self.rule).is_by_tensor:
+        if not compile_rule(self.rule).is_plain:
             return "which line made it is known for elementwise rules only"
         compute = compute_dtype(segment.param)
         scale = -segment.grad_scale if segment.group in self._maximizing() else segment.grad_scale

@@ -143,9 +143,10 @@ class CompiledRule:
         self._name = rule.name
         self.program = program_of(rule)
         self.locality, self.reason = locality(self.program)
-        self._is_plain = not is_by_tensor(self.program)
+        self.is_plain = not is_by_tensor(self.program)
+        """Whether every element is updated by itself, whatever tensor it is in."""
         scaled = any(len(stored_arrays(state)) > 1 for state in self.program.states)
-        self.is_by_tensor = scaled or not self._is_plain
+        self.is_by_tensor = scaled or not self.is_plain
         """Whether each segment must be a part of one tensor."""
         given = {hyper.name for hyper in self.program.hypers}
         self._by_ndim, self._by_dtype = "ndim" in given, "machine_eps" in given
@@ -171,7 +172,7 @@ class CompiledRule:
             for segment in batch.segments:
                 self._update_whole(segment, groups[segment.group])
             return
-        if self._is_plain:
+        if self.is_plain:
             self._update_elements(batch.segments, groups)
             return
         jobs = self._jobs(batch.segments, groups)

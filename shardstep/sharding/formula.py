@@ -15,6 +15,7 @@ from torch import Tensor
 
 from shardstep.config import Precision, Schedule, Stage
 from shardstep.layout import Layout
+from shardstep.rules.binding import stored_arrays
 from shardstep.sharding.hooks import begins_backward
 from shardstep.sharding.memory import Bytes, Ledger
 from shardstep.sharding.reduce import Home, Partial, Tree
@@ -100,8 +101,9 @@ class Formula:
 
     def _state_bytes(self, space: SpaceSize) -> int:
         master, owned = space.precision.master, self._owned(space)
-        kept = [master.itemsize] * (self.averages + (master != space.precision.params))
-        kept += [dtype_of(declared, master).itemsize for declared in in_all(space.states)]
+        kept = owned * master.itemsize * (self.averages + (master != space.precision.params))
+        arrays = [(declared, array) for declared in in_all(space.states) for array in stored_arrays(declared)]
+        kept += sum(owned // a.per * (a.dtype or dtype_of(declared, master)).itemsize for declared, a in arrays)
         first = self.rank * owned if space.stage.shard_state else 0
         by_tensor = sum(
             kept_numel(declared, slot, slice(first, first + owned)) * dtype_of(declared, master).itemsize
@@ -109,7 +111,7 @@ class Formula:
             for slot, states in zip(space.layout.slots, space.states, strict=True)
             if declared in states
         )
-        return owned * sum(kept) + by_tensor
+        return kept + by_tensor
 
     def _gradients(self) -> int:
         """Kept leaves, partial sums, and what is in flight, followed through the events of one step."""
