@@ -86,7 +86,7 @@ class Adafactor(Optimizer):
         maximize: bool = False,
     ) -> None:
         given = {"lr": lr, "beta2_decay": beta2_decay, "eps": eps, "d": d, "weight_decay": weight_decay}
-        super().__init__(params, **given, foreach=foreach, maximize=maximize, differentiable=False)
+        super().__init__(params, **given, foreach=foreach, maximize=maximize)
 
     def hypers_of(self, group: Mapping[str, Any]) -> Mapping[str, Any]:
         first, second = group["eps"]
