@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import machine
+from benchmarks import compiled_peer, machine
 from benchmarks.stats import Spread
-from shardstep.optim.adamw import adamw
+from shardstep.optim.adam import adamw
 from shardstep.rules.compiled import compile_rule
 from shardstep.types import Batch, Segment
 
@@ -201,22 +201,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="2 M elements, 3 rounds: does it run at all?")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--compile", action="store_true", help="torch.compile too: needs g++, and a minute or two")
     parser.add_argument("--json", action="store_true", help="print the raw times instead of tables")
     options = parser.parse_args()
     numel, rounds, repeats = (2_000_000, 3, 1) if options.quick else (100_000_000, options.rounds, 5)
     sizes = [numel * 99 // 10_000] * 100 + [numel // 10_000] * 100
+    caches = tempfile.TemporaryDirectory()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches.name  # an empty one: first calls are cold
     tables: dict[str, dict[str, list[float]]] = {}
+    starts: dict[str, tuple[float, float]] = {}
     for skewed in (False, True):
-        runs = contestants(buffers(numel, skewed), sizes)
+        streams = buffers(numel, skewed)
+        runs = contestants(streams, sizes)
         for threads in (1, 2):
             torch.set_num_threads(threads)
+            if options.compile:  # anew: it compiles for a number of threads
+                peers = compiled_peer.compiled(streams, GROUP, GRAD_SCALE)
+                starts = starts or compiled_peer.cold_starts(peers)
+                runs |= peers
             title = f"{threads} thread{'s' * (threads > 1)}, {'skewed' if skewed else 'ordinary'} buffers"
             tables[title] = measure(runs, rounds)
-        del runs
+        del runs, streams
     torch.set_num_threads(1)
     result = {"machine": machine.describe(), "numel": numel, "seconds": tables}
-    result |= {"call_us": call_costs(5 * repeats), "cpu_ms": cold_costs(repeats)}
+    result |= {"call_us": call_costs(5 * repeats), "cpu_ms": cold_costs(repeats), "first_call_s": starts}
     print(json.dumps(result) if options.json else report(result))
+    caches.cleanup()
 
 
 def report(result: dict[str, Any]) -> str:
@@ -226,6 +236,8 @@ def report(result: dict[str, Any]) -> str:
         lines += ["", title, *table(seconds, result["numel"])]
     lines += ["", "one call on 1,024 elements, µs"] + [f"{name:32}{us:9.2f}" for name, us in result["call_us"].items()]
     lines += ["", "CPU in a fresh process, ms"] + [f"{name:32}{ms:9.1f}" for name, ms in result["cpu_ms"].items()]
+    for name, (wall, cpu) in result["first_call_s"].items():
+        lines += ["", f"first call of {name}, nothing cached: {wall:.1f} s, {cpu:.1f} s of CPU"]
     return "\n".join(lines)
 
 

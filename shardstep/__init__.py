@@ -8,11 +8,14 @@ Nothing happens at import but imports.
 """
 
 from shardstep import optim
+from shardstep.averaging import Average
 from shardstep.config import Precision
 from shardstep.errors import (
+    ArgumentTypeError,
     CollectiveError,
     ConfigError,
     FreedParameterError,
+    MissingKeyError,
     NonFiniteGradientError,
     NonFiniteUpdateError,
     OwnershipError,
@@ -20,16 +23,20 @@ from shardstep.errors import (
     RuleError,
     SequenceError,
     ShardstepError,
+    UnsupportedError,
 )
 from shardstep.optim.define import rule
 from shardstep.rules import inline, state, zeros
 from shardstep.sharding import MicroBatch, Sharded, digest, gathered, shard
 
 __all__ = [
+    "ArgumentTypeError",
+    "Average",
     "CollectiveError",
     "ConfigError",
     "FreedParameterError",
     "MicroBatch",
+    "MissingKeyError",
     "NonFiniteGradientError",
     "NonFiniteUpdateError",
     "OwnershipError",
@@ -39,6 +46,7 @@ __all__ = [
     "SequenceError",
     "Sharded",
     "ShardstepError",
+    "UnsupportedError",
     "digest",
     "gathered",
     "inline",

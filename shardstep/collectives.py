@@ -57,8 +57,7 @@ def connect_local(rank: int, world_size: int, store_path: str, timeout_s: float 
 
 def disconnect() -> None:
     """Leave the process group, if there is one."""
-    for group in list(_GROUPS):
-        group.close()
+    _close_groups()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -111,9 +110,7 @@ class Group:
         if self.size > 1:
             self._ranks = dist.get_process_group_ranks(self._data)
             self._batched = dist.get_backend(self._data) != "gloo"
-            self._control = dist.new_group(
-                self._ranks, backend="gloo", timeout=_timeout(self._data), use_local_synchronization=True
-            )
+            self._control = _control_of(self._data, self._ranks)
             _GROUPS.add(self)
 
     def close(self) -> None:
@@ -240,8 +237,24 @@ class Group:
 _GROUPS: weakref.WeakSet[Group] = weakref.WeakSet()
 
 
+_CONTROLS: dict[int, tuple[ProcessGroup, ProcessGroup]] = {}
+"""By the id of a group: the group, and the channel for control messages of all models that are sharded over it."""
+
+
+def _control_of(data: ProcessGroup, ranks: list[int]) -> ProcessGroup:
+    """One for each group, whatever number of models: each has three threads, which wake up a hundred times a second."""
+    if id(data) not in _CONTROLS:
+        timeout = _timeout(data)
+        _CONTROLS[id(data)] = (
+            data,
+            dist.new_group(ranks, backend="gloo", timeout=timeout, use_local_synchronization=True),
+        )
+    return _CONTROLS[id(data)][1]
+
+
 @atexit.register
 def _close_groups() -> None:
+    _CONTROLS.clear()
     for group in list(_GROUPS):
         group.close()
 

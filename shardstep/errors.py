@@ -2,7 +2,10 @@
 
     ShardstepError
     ├── ConfigError (ValueError)            an argument that cannot be honoured
-    │   └── OwnershipError                  a parameter without an owner, or with two
+    │   ├── OwnershipError                  a parameter without an owner, or with two
+    │   ├── ArgumentTypeError (TypeError)   an argument of another kind than the one expected
+    │   ├── MissingKeyError (KeyError)      a parameter group or a state dict without an entry that it needs
+    │   └── UnsupportedError (RuntimeError) what torch's optimizers refuse so too, or do and ours do not
     ├── RuleError                           an update rule that cannot be compiled
     ├── FreedParameterError (RuntimeError)  a value read while its unit is freed
     ├── SequenceError (RuntimeError)        calls in an order that has no meaning
@@ -25,6 +28,22 @@ class ConfigError(ShardstepError, ValueError):
 
 class OwnershipError(ConfigError):
     """A parameter that the optimizer does not own, or owns twice."""
+
+
+class ArgumentTypeError(ConfigError, TypeError):
+    """An argument of another kind than the one expected."""
+
+
+class MissingKeyError(ConfigError, KeyError):
+    """A parameter group or a state dict without an entry that it needs."""
+
+    def __str__(self) -> str:
+        """The sentence as it is: KeyError would quote it."""
+        return Exception.__str__(self)
+
+
+class UnsupportedError(ConfigError, RuntimeError):
+    """What torch's optimizers refuse with a RuntimeError, or can do and ours cannot."""
 
 
 class RuleError(ShardstepError):

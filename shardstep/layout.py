@@ -14,12 +14,13 @@ from typing import TypeVar
 
 import torch
 
-from shardstep.types import BLOCK_NUMEL
+from shardstep.types import BLOCK_NUMEL, SCALED_NUMEL
 
 Key = TypeVar("Key")
 
-ALIGNMENT_NUMEL = 128
-"""A parameter begins at a multiple of this: 256 bytes in a 2-byte dtype, 512 in fp32."""
+ALIGNMENT_NUMEL = SCALED_NUMEL
+"""A parameter begins at a multiple of this, so that elements which share a scale do so on every shard; it is 512 bytes
+in a 2-byte dtype, 1,024 in fp32."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,6 @@ class Layout:
     def numel(self) -> int:
         """Elements, the last block filled up with padding."""
         return self.blocks * BLOCK_NUMEL
-
-    @property
-    def parameter_numel(self) -> int:
-        """Elements that belong to parameters, without any padding."""
-        return sum(slot.numel for slot in self.slots)
 
     @cached_property
     def gaps(self) -> tuple[tuple[int, int], ...]:

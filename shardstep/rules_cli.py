@@ -1,4 +1,4 @@
-"""``shardstep rules list | show | debug``: finds the rule, reads the values, prints what `rules.show` makes of them."""
+"""``shardstep rules list | docs | show | debug``: finds the rule, reads the values, prints what others make of them."""
 
 import argparse
 import runpy
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from shardstep import optim
 from shardstep.errors import ConfigError
 from shardstep.rules import Rule
 from shardstep.rules.compiled import compile_rule
 from shardstep.rules.show import STAGES, debug, show
+from shardstep.rules_docs import optimizer_classes, page
 
 
 def add_commands(commands: Any) -> None:
@@ -19,6 +19,8 @@ def add_commands(commands: Any) -> None:
     own = parser.add_subparsers(required=True, metavar="command")
     listing = own.add_parser("list", help="the rules that come with shardstep, and how each may be sharded")
     listing.set_defaults(command=_list)
+    docs = own.add_parser("docs", help="all of them as a page: equations, states, bytes (docs/optimizers.md)")
+    docs.set_defaults(command=_docs)
     showing = own.add_parser("show", help="one stage of a rule on its way to a kernel")
     showing.add_argument("rule", help="the name of a rule, or path.py:name for one of yours (the file is run)")
     showing.add_argument("--stage", choices=STAGES, default="ir", help="how far (ir)")
@@ -51,14 +53,18 @@ def find_rule(name: str) -> Rule:
 
 
 def _known() -> list[Rule]:
-    classes = [getattr(optim, name) for name in optim.__all__]
-    return [made.rule for made in classes if isinstance(getattr(made, "rule", None), Rule)]
+    return [kind.rule for kind in optimizer_classes()]
 
 
 def _list(_: argparse.Namespace) -> int:
     for rule in _known():
         compiled = compile_rule(rule)
         print(f"{rule.name:12} {compiled.locality:12} {', '.join(rule.states) or '-':28} {rule.place}")
+    return 0
+
+
+def _docs(_: argparse.Namespace) -> int:
+    print(page(), end="")
     return 0
 
 

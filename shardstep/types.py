@@ -4,8 +4,8 @@ Nothing here computes, and nothing here knows where a gradient came from or who 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
-from typing import Final, Protocol
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +13,25 @@ from torch import Tensor, nn
 BLOCK_NUMEL: Final = 1024
 """Elements per block of a flat space. Shards are whole blocks, and sums are taken block by block."""
 
+SCALED_NUMEL: Final = 256
+"""Neighbouring elements of a tensor that share one scale, where a state is stored in 8 bits."""
 
-@dataclass
+
+@dataclass(slots=True)
 class Segment:
     """One flat run of elements that share hyper-parameters and step count.
 
     ``group`` is an index into the optimizer's ``param_groups``; ``step`` counts from 1 and already includes
-    this update. All tensors are one-dimensional, contiguous and of one length. ``param`` is the float32 (or
+    this update. All tensors are contiguous and of one length, in any shape. ``param`` is the float32 (or
     float64) master; each ``state`` has its dtype, or is bfloat16 or float16; ``grad`` may be of any floating dtype and
     is multiplied by ``grad_scale`` on the way in; ``low``, if any, receives the new parameters rounded to its dtype.
     ``offset`` is the place of element 0 in its flat space, which does not depend on who owns what. ``shape`` is the
-    whole tensor's where the segment is a part of one tensor, and None where it may run over several.
+    whole tensor's where the segment is a part of one tensor, and None where it may run over several; ``start`` is then
+    the place of element 0 in that tensor, and ``tensor_state`` holds its states that are not of elements, whole.
+
+    A state in 8 bits is int8 or uint8 codes, and float32 scales under its name with ``_scale`` behind it: one for each
+    256 elements, the last ones rounded up. Such a segment is part of one tensor and begins at a multiple of 256 of it
+    and of the flat space.
 
     ``param`` may also be bfloat16 or float16, without a master: then all is computed in float32, and the new
     parameters are rounded stochastically if there is a ``seed``, else to nearest even. The noise is a function of
@@ -40,6 +48,16 @@ class Segment:
     offset: int = 0
     shape: tuple[int, ...] | None = None
     seed: int | None = None
+    start: int = 0
+    tensor_state: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Update(NamedTuple):
+    """Of one tensor: its group, its step count with this update, and its shape."""
+
+    group: int
+    step: int
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -84,29 +102,40 @@ class Owners(Protocol):
 
 @dataclass
 class Batch:
-    """Segments that are updated together, by one rule: those of one flat space.
+    """Segments that are updated together, by one rule: those of one flat space, or of several for matrix products.
 
-    ``updated``: (group, step) of every tensor of the space that is updated now, on this rank or another.
-    ``combine`` takes, for each segment, ``count`` sums over its blocks of 1,024 places (float64, one value for each
-    block that it touches; it may give fewer sums), and returns the same for the whole tensors that the segments are
-    parts of, in order. Every rank calls it equally often, also without segments. ``owners``: for a rule with matrix
-    products, whose batch is of several spaces; None where segments are whole tensors anyway.
+    ``updated``: every tensor of these spaces that is updated now, on this rank or another, in order.
+    ``combine`` makes whole tensors' reductions of their parts'. It takes, for each segment, what its reductions gave
+    (float64: a value for each block of 1,024 places that it touches, or for each row or column), and the names of
+    those operations for each entry of ``updated``; it returns the same for the tensors that the segments are parts
+    of: all of their blocks in order, or all of their rows or columns. Every rank calls it equally often, also without
+    segments. ``owners``: for matrix products; None where segments are whole tensors anyway.
     """
 
     segments: list[Segment]
-    updated: list[tuple[int, int]]
-    combine: Callable[[list[list[Tensor]], int], list[list[Tensor]]]
+    updated: list[Update]
+    combine: "Combine"
     owners: Owners | None = None
+
+
+Combine = Callable[[list[list[Tensor]], list[tuple[str, ...]]], list[list[Tensor]]]
 
 
 class FlatSource(Protocol):
     """Whoever holds the parameters, gradients and state of an optimizer as flat runs."""
 
-    def batches(self, *, per_tensor: bool, whole: Sequence[Set[int]] = ()) -> Iterator[Batch]:
+    def batches(self, *, per_tensor: bool, whole: Set[int]) -> Iterator[Batch]:
         """What to update now; each batch is updated before the next one is asked for.
 
-        ``per_tensor``: no segment may run over two tensors, because the rule looks at whole ones. ``whole``: groups
-        whose rule has matrix products; those of one set are in one batch, with the `Owners` of its tensors.
+        ``per_tensor``: no segment may run over two tensors, because the rule looks at whole ones. ``whole``: of an
+        optimizer with several rules, the numbers of those with matrix products (0 where there is one rule); all that
+        one of them updates is in one batch, with the `Owners` of its tensors.
+        """
+
+    def include(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Update these as well from now on. Every rank asks for the same ones.
+
+        Raises ConfigError, before anything has changed, for one that this source does not know.
         """
 
     def discard(self) -> None:
@@ -122,5 +151,8 @@ class FlatSource(Protocol):
     def adopt_state(self, state: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
         """Replace all state by a copy of ``state``, in the form of :meth:`whole_state`.
 
-        A parameter left out starts anew.
+        A parameter left out starts anew, and so does a state that its entry leaves out.
         """
+
+    def write_parameters(self, values: Mapping[nn.Parameter, Tensor]) -> None:
+        """Replace parameters by ``values``, whole and in their shapes; every rank must call it with the same."""

@@ -14,6 +14,9 @@ from shardstep import errors
 TREE = {
     "ConfigError": ("ShardstepError", "ValueError"),
     "OwnershipError": ("ConfigError",),
+    "ArgumentTypeError": ("ConfigError", "TypeError"),
+    "MissingKeyError": ("ConfigError", "KeyError"),
+    "UnsupportedError": ("ConfigError", "RuntimeError"),
     "RuleError": ("ShardstepError",),
     "FreedParameterError": ("ShardstepError", "RuntimeError"),
     "SequenceError": ("ShardstepError", "RuntimeError"),

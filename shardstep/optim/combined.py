@@ -8,6 +8,7 @@ they themselves then refuse to step. It never hears of ranks.
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
+from inspect import unwrap
 from typing import Any, NoReturn, cast, overload
 
 import torch
@@ -18,7 +19,7 @@ from shardstep.errors import ConfigError, OwnershipError
 from shardstep.optim.optimizer import Optimizer
 from shardstep.rules.compiled import compile_rule
 from shardstep.rules.ir import State
-from shardstep.types import FlatSource, Segment
+from shardstep.types import FlatSource, Segment, Update
 
 
 class Combined(torch.optim.Optimizer):
@@ -73,11 +74,14 @@ class Combined(torch.optim.Optimizer):
 
     def _step_at(self, source: FlatSource) -> None:
         compiled = [compile_rule(member.rule) for member in self._members]
-        hypers = [member.rule_hyperparameters(group) for member in self._members for group in member.param_groups]
-        whole = [set(own) for own, rule in zip(self._ranges(), compiled, strict=True) if rule.locality == "matrix"]
-        for batch in source.batches(per_tensor=any(rule.locality != "elementwise" for rule in compiled), whole=whole):
+        hypers = self._hypers()
+        whole = {index for index, rule in enumerate(compiled) if rule.locality == "matrix"}
+        for batch in source.batches(per_tensor=any(rule.is_by_tensor for rule in compiled), whole=whole):
             if batch.updated:
-                compiled[self._member_of(batch.updated[0][0])].update(batch, hypers)
+                compiled[self._member_of(batch.updated[0].group)].update(batch, hypers)
+
+    def _hypers(self) -> list[Mapping[str, Any]]:
+        return [hypers for member in self._members for hypers in member.hypers]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients; with a source attached, ``p.grad`` is None afterwards in any case."""
@@ -100,13 +104,26 @@ class Combined(torch.optim.Optimizer):
         )
         return next((index for index, found in enumerate(ours) if found), 0)
 
-    def flat_states_of(self, param: Tensor) -> tuple[State, ...]:
-        return self._members[self.rule_of(param)].states
+    def states_of(self, param: Tensor) -> tuple[State, ...]:
+        return self._members[self.rule_of(param)].states_of(param)
+
+    def grad_sign(self, group: int) -> float:
+        member = self._member_of(group)
+        return self._members[member].grad_sign(group - self._ranges()[member].start)
+
+    @property
+    def clip(self) -> Callable[[float], float] | None:
+        return None
+
+    def check_update(self, updated: Sequence[Update]) -> None:
+        for index, member in enumerate(self._members):
+            own = self._ranges()[index]
+            compile_rule(member.rule).check([one for one in updated if one.group in own], self._hypers())
 
     def moved_bytes(self, param: Tensor, compute: torch.dtype) -> tuple[int, int] | None:
         return self._members[self.rule_of(param)].moved_bytes(param, compute)
 
-    def explain(self, segment: Segment, index: int) -> str:
+    def explain(self, segment: Segment, index: int) -> str | None:
         """Which line of the rule makes the first infinity or NaN when element ``index`` of ``segment`` is updated."""
         member = self._member_of(segment.group)
         own = replace(segment, group=segment.group - self._ranges()[member].start)
@@ -150,7 +167,7 @@ class Combined(torch.optim.Optimizer):
         parts = [_part(state_dict, own) for own in self._ranges()]
         arrived: dict[nn.Parameter, dict[str, Tensor]] = {}
         for member, part in zip(self._members, parts, strict=True):
-            arrived.update(member.check_state_dict(part))
+            arrived.update(member.check_state_dict(part)[1])
         for member, part in zip(self._members, parts, strict=True):
             member.load_state_dict(part)
         self.param_groups = self._groups()
@@ -160,9 +177,11 @@ class Combined(torch.optim.Optimizer):
             self.state = self._whole_state()
 
     def _whole_state(self) -> defaultdict[Tensor, Any]:
+        states: list[Mapping[Tensor, Any]] = [member.state for member in self._members]
         if self._source is not None:
-            return defaultdict(dict, cast("dict[Tensor, Any]", self._source.whole_state()))
-        return defaultdict(dict, {param: state for member in self._members for param, state in member.state.items()})
+            whole = self._source.whole_state()
+            states = [member.own_states(whole) for member in self._members]
+        return defaultdict(dict, {param: state for own in states for param, state in own.items()})
 
     def __getstate__(self) -> NoReturn:
         raise ConfigError(
@@ -190,8 +209,11 @@ class Combined(torch.optim.Optimizer):
 class _Elsewhere:
     """The source of an optimizer that was sharded as a part of a combined one, which does its work."""
 
-    def batches(self, *, per_tensor: bool, whole: Sequence[Set[int]] = ()) -> Iterator[Any]:
+    def batches(self, *, per_tensor: bool, whole: Set[int]) -> Iterator[Any]:
         raise self._refusal("step()")
+
+    def include(self, parameters: Sequence[nn.Parameter]) -> None:
+        raise self._refusal("add_param_group()")
 
     def discard(self) -> None:
         raise self._refusal("zero_grad()")
@@ -201,6 +223,9 @@ class _Elsewhere:
 
     def adopt_state(self, state: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
         """Nothing: the combined optimizer hands it over."""
+
+    def write_parameters(self, values: Mapping[nn.Parameter, Tensor]) -> None:
+        raise self._refusal("the replacement of parameters")
 
     def _refusal(self, call: str) -> ConfigError:
         return ConfigError(
@@ -217,6 +242,11 @@ def _checked(optimizers: Sequence[Optimizer]) -> tuple[Optimizer, ...]:
             raise ConfigError(
                 f"expected optimizers of shardstep.optim to combine, got {type(optimizer).__module__}."
                 f"{type(optimizer).__name__} at position {index}; give one whose rule shardstep knows"
+            )
+        if unwrap(type(optimizer).step) is not unwrap(Optimizer.step):  # torch wraps it
+            raise ConfigError(
+                f"expected optimizers whose step is their rule and nothing more, got {type(optimizer).__name__} at "
+                f"position {index}; step it by itself"
             )
         if optimizer.attached:
             raise ConfigError(f"expected optimizers that are not sharded, got one at position {index}; combine first")

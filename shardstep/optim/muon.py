@@ -6,7 +6,8 @@ from typing import Any, Final
 from torch.optim.optimizer import ParamsT
 
 from shardstep.errors import ConfigError
-from shardstep.optim.optimizer import Optimizer, number
+from shardstep.optim.groups import number
+from shardstep.optim.optimizer import Optimizer
 from shardstep.rules.functions import bfloat16, lerp, maximum, norm, sqrt
 from shardstep.rules.language import Elements, inline, rule, zeros
 
@@ -109,7 +110,7 @@ class Muon(Optimizer):
             adjust_lr_fn=adjust_lr_fn or "original",
         )
 
-    def rule_hyperparameters(self, group: Mapping[str, Any]) -> Mapping[str, Any]:
+    def hypers_of(self, group: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**group, "adjust_lr_fn": group["adjust_lr_fn"] == "match_rms_adamw"}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -6,22 +6,24 @@ calls the kernel. It never hears of ranks.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, cast, overload
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT, StateDict
 
-from shardstep.errors import ConfigError, OwnershipError
-from shardstep.optim.states import check_loaded, start_of
+from shardstep.errors import ArgumentTypeError, ConfigError, UnsupportedError
+from shardstep.optim.alone import batches_alone
+from shardstep.optim.groups import check_options, check_parameters, defaults_of, parameters_of, with_flags
+from shardstep.optim.loading import States, as_step, checked_groups, checked_state
 from shardstep.rules import Rule
-from shardstep.rules.binding import compute_dtype
-from shardstep.rules.compiled import compile_rule
+from shardstep.rules.backends.dynamic8 import decoded_states
+from shardstep.rules.binding import compute_dtype, cut_states, stored_arrays
+from shardstep.rules.compiled import CompiledRule, compile_rule
 from shardstep.rules.ir import State
 from shardstep.rules.show import explain
-from shardstep.types import Batch, FlatSource, Segment
+from shardstep.types import Batch, FlatSource, Segment, Update
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -29,10 +31,13 @@ class Optimizer(torch.optim.Optimizer):
 
     State has torch's names and the parameters' shapes, in float32 (float64 for float64 parameters), plus
     ``step`` as a 0-d float32 tensor on the CPU, so that state dicts go to and come from torch's own
-    optimizer.
+    optimizer. Complex parameters are updated as pairs of real ones, with complex state. A state that the rule stores in
+    8 bits is two tensors: its codes, and under its name with ``_scale`` behind it the scales.
 
-    ``params``: as for any torch optimizer. Keyword arguments: hyper-parameters of the rule, for all groups
-    that do not give their own. Raises ConfigError for one that is missing, unknown or refused, OwnershipError
+    ``params``: as for any torch optimizer. Keyword arguments: hyper-parameters of the rule, for all groups that do
+    not give their own, as numbers or tensors of one element; and torch's options. Of these, ``maximize`` negates the
+    gradient, ``foreach`` and ``fused`` are kept and change nothing (there is one implementation), ``capturable`` and
+    ``differentiable`` must be False. Raises ConfigError for one that is missing, unknown or refused, OwnershipError
     for a parameter given twice.
     """
 
@@ -40,17 +45,30 @@ class Optimizer(torch.optim.Optimizer):
     _source: FlatSource | None = None
 
     def __init__(self, params: ParamsT, **hyperparameters: Any) -> None:
-        if not isinstance(params, Tensor):
-            params = cast(ParamsT, list(params))
-            if not params:
-                raise ConfigError("expected parameters to optimize, got none; does the model have any?")
-        super().__init__(params, _complete(self.rule, hyperparameters))
+        if isinstance(params, Tensor):
+            raise ArgumentTypeError("expected parameters or groups of them, got a single tensor; put it into a list")
+        params = cast(ParamsT, list(params))
+        if not params:
+            raise ConfigError("expected parameters to optimize, got none; does the model have any?")
+        super().__init__(params, defaults_of(self.rule, hyperparameters))
+
+    # - what a subclass, a user and whoever shards look at
+
+    def states_in(self, group: Mapping[str, Any], ndim: int) -> tuple[State, ...]:
+        """The states that a param of so many dimensions has with the flags of ``group``, in order."""
+        return compile_rule(self.rule).states(self.hypers_of(group), ndim)
+
+    def states_of(self, param: Tensor) -> tuple[State, ...]:
+        """The states that ``param`` would have with the flags of any group, in order."""
+        used = {state.name for group in self.param_groups for state in self.states_in(group, param.ndim)}
+        return tuple(state for state in self.rule.declared if state.name in used)
 
     @property
     def states(self) -> tuple[State, ...]:
-        """The states that the rule has with the flags of any group, in order."""
-        compiled = compile_rule(self.rule)
-        used = {state.name for group in self._hyperparameters() for state in compiled.states(group)}
+        """The states that any param has, in order."""
+        params = (param for group in self.param_groups for param in group["params"])
+        by_ndim = {param.ndim: param for param in params}
+        used = {state.name for param in by_ndim.values() for state in self.states_of(param)}
         return tuple(state for state in self.rule.declared if state.name in used)
 
     @property
@@ -58,24 +76,18 @@ class Optimizer(torch.optim.Optimizer):
         """Their names."""
         return tuple(state.name for state in self.states)
 
-    # - what sharding asks
-
     def check_shardable(self) -> None:
-        """Raise ConfigError for a rule that shards cannot hold the states of."""
+        """Raise ConfigError for a rule with matrix products beside values or states of rows, columns or tensors."""
         compiled = compile_rule(self.rule)
-        if compiled.needs_whole_tensors:
+        if not compiled.is_shardable:
             raise ConfigError(
-                f"expected a rule over elements, with sums over whole tensors or with matrix products to shard, got "
-                f"{self.rule.name!r}, which is {compiled.locality} ({compiled.reason}); such rules run unsharded so far"
+                f"expected a rule with matrix products to have values and states of elements and no others to shard, "
+                f"got {self.rule.name!r}, which is {compiled.locality} ({compiled.reason}); it runs unsharded"
             )
 
     def rule_of(self, param: Tensor) -> int:
-        """Which of the optimizer's rules updates ``param``."""
+        """Which of the optimizer's rules updates ``param``: there is one."""
         return 0
-
-    def flat_states_of(self, param: Tensor) -> tuple[State, ...]:
-        """The states that shards hold of ``param`` and of all others that its rule updates."""
-        return self.states
 
     def moved_bytes(self, param: Tensor, compute: torch.dtype) -> tuple[int, int] | None:
         """How many bytes of each element of ``param`` go to its owner in a step, and how many come back; None for a
@@ -85,50 +97,118 @@ class Optimizer(torch.optim.Optimizer):
         if compiled.locality != "matrix":
             return None
         group = next(group for group in self.param_groups if any(param is own for own in group["params"]))
-        return compiled.moved_bytes(tuple(param.shape), self.rule_hyperparameters(group), compute)
+        return compiled.moved_bytes(tuple(param.shape), self.hypers_of(group), compute)
 
-    def rule_hyperparameters(self, group: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The entries of ``group`` as the rule takes them: numbers, tuples of numbers, True or False."""
+    def grad_sign(self, group: int) -> float:
+        """What the gradients of a group are multiplied by; a rule with a flag ``maximize`` sees to it itself."""
+        negated = "maximize" not in self.rule.hyperparameters and self.param_groups[group].get("maximize")
+        return -1.0 if negated else 1.0
+
+    def hypers_of(self, group: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The hyper-parameters of the rule, for a group; those of the same names unless a class knows better."""
         return group
 
     def check_group(self, group: Mapping[str, Any], where: str) -> None:
         """Raise ConfigError if a hyper-parameter of ``group`` is out of range; ``where`` names the group."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; also checks ranges, dtypes, and that no parameter is given twice."""
-        where = f"parameter group {len(self.param_groups)}"
-        if self._source is not None:
-            raise ConfigError(
-                f"expected all parameters before the optimizer was sharded, got {where} after; add it before"
-            )
-        if isinstance(param_group, dict):
-            given = param_group["params"]
-            if not isinstance(given, Tensor | set):
-                param_group["params"] = given = list(given)
-            self._check_parameters([given] if isinstance(given, Tensor) else list(given), where)
-            self.check_group({**self.defaults, **param_group}, where)
-        super().add_param_group(param_group)
+        """As torch's; also checks ranges, dtypes, and that no parameter is given twice.
 
-    def _check_parameters(self, given: list[Any], where: str) -> None:
-        places = {
-            id(p): f"parameter group {g}, position {i}"
-            for g, group in enumerate(self.param_groups)
-            for i, p in enumerate(group["params"])
-        }
-        for position, entry in enumerate(given):
-            name, param = entry if isinstance(entry, tuple) else (None, entry)
-            place = f"{where}, position {position}" + (f" ({name!r})" if name is not None else "")
-            if id(param) in places:
-                raise OwnershipError(
-                    f"expected every parameter once, got the one at {place} also at {places[id(param)]}; "
-                    f"remove one of the two"
-                )
-            places[id(param)] = place
-            if isinstance(param, Tensor) and param.dtype not in _DTYPES:
-                raise ConfigError(
-                    f"expected a parameter of float32, float64, bfloat16 or float16 at {place}, got "
-                    f"{param.dtype}; convert it or leave it out"
-                )
+        With a source attached, its parameters must be ones that the source knows, and every rank must call it.
+        """
+        where = f"parameter group {len(self.param_groups)}"
+        param_group["params"] = given = parameters_of(param_group, where)
+        check_parameters(given, self.param_groups, where)
+        self._check_hyperparameters({**self.defaults, **param_group}, where)
+        self._check_complex(given, where)
+        super().add_param_group(param_group)
+        if self._source is not None:
+            try:
+                self._source.include(param_group["params"])
+            except BaseException:
+                self.param_groups.pop()
+                raise
+
+    def _check_hyperparameters(self, group: Mapping[str, Any], where: str) -> None:
+        check_options(group, where)
+        self.check_group(group, where)
+
+    def _check_complex(self, given: list[Any], where: str) -> None:
+        params = [entry[1] if isinstance(entry, tuple) else entry for entry in given]
+        if any(param.is_complex() for param in params) and compile_rule(self.rule).locality in ("factored", "matrix"):
+            raise UnsupportedError(
+                f"expected real parameters for {self.rule.name!r}, whose rule looks at rows or whole matrices, got "
+                f"complex ones in {where}; optimize them by another rule"
+            )
+
+    # - the update
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update from the gradients there are. ``closure`` is called first, with gradients enabled."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        compiled = compile_rule(self.rule)
+        with torch.no_grad():
+            groups = self.hypers
+            for batch in self._batches(compiled):
+                compiled.update(batch, groups)
+        return loss
+
+    @property
+    def hypers(self) -> list[Mapping[str, Any]]:
+        """The hyper-parameters of the rule, for each group."""
+        return [self.hypers_of(group) for group in self.param_groups]
+
+    def _batches(self, compiled: CompiledRule) -> Iterator[Batch]:
+        if self._source is not None:
+            whole = {0} if compiled.locality == "matrix" else set()
+            return self._source.batches(per_tensor=compiled.is_by_tensor, whole=whole)
+        signs = [self.grad_sign(index) for index in range(len(self.param_groups))]
+        return batches_alone(self.param_groups, signs, self.state, self.states_in, self.rule.tensor_states)
+
+    def check_update(self, updated: Iterable[Update]) -> None:
+        """Raise RuleError, before anything is changed, if hyper-parameters of an update have no value in the rule."""
+        compile_rule(self.rule).check(updated, self.hypers)
+
+    def explain(self, segment: Segment, index: int) -> str | None:
+        """Which line of the rule makes the first infinity or NaN when element ``index`` of ``segment`` is updated; None
+        if none does.
+        """
+        if not compile_rule(self.rule).is_plain:
+            return "which line made it is known for elementwise rules only"
+        compute = compute_dtype(segment.param)
+        grad = segment.grad[index].to(compute) * segment.grad_scale
+        states = decoded_states(cut_states(segment.state, index, index + 1))
+        arrays = {"param": segment.param[index], "grad": grad, **states}
+        hypers = {**self.hypers_of(self.param_groups[segment.group]), "step": segment.step}
+        values = {**dict.fromkeys(self.rule.states, 0.0), **{name: value.item() for name, value in arrays.items()}}
+        return explain(self.rule, values, hypers, compute)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients; with a source attached, ``p.grad`` is None afterwards in any case."""
+        if self._source is None:
+            super().zero_grad(set_to_none)
+        else:
+            super().zero_grad(set_to_none=True)
+            self._source.discard()
+
+    # - the seam to sharding
+
+    @property
+    def clip(self) -> Callable[[float], float] | None:
+        """What all gradients are to be multiplied by, given the 2-norm over all of them; None: it asks for no norm.
+
+        A source asks; an optimizer that works alone clips in its own :meth:`step`.
+        """
+        return None
 
     @property
     def attached(self) -> bool:
@@ -146,125 +226,49 @@ class Optimizer(torch.optim.Optimizer):
         self._source = source
         self.state = defaultdict(dict)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update from the gradients there are. ``closure`` is called first, with gradients enabled."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        with torch.no_grad():
-            if self._source is None:
-                self._step_alone()
-            else:
-                compiled = compile_rule(self.rule)
-                whole = [set(range(len(self.param_groups)))] if compiled.locality == "matrix" else []
-                for batch in self._source.batches(per_tensor=compiled.locality != "elementwise", whole=whole):
-                    compiled.update(batch, self._hyperparameters())
-        return loss
-
-    def _hyperparameters(self) -> list[Mapping[str, Any]]:
-        return [self.rule_hyperparameters(group) for group in self.param_groups]
-
-    def _step_alone(self) -> None:
-        segments, converted = list[Segment](), list[tuple[Tensor, Tensor]]()
-        for index, group in enumerate(self.param_groups):
-            for position, param in enumerate(group["params"]):
-                if param.grad is None:
-                    continue
-                if param.grad.layout is not torch.strided:
-                    raise ConfigError(
-                        f"expected a dense gradient at parameter group {index}, position {position}, got "
-                        f"{param.grad.layout}; build the layer with sparse=False"
-                    )
-                segments.append(self._segment(param, index, converted))
-        updated = [(segment.group, segment.step) for segment in segments]
-        compile_rule(self.rule).update(Batch(segments, updated, lambda sums, _: sums), self._hyperparameters())
-        for param, master in converted:
-            param.copy_(master)
-        increment_version([segment.param for segment in segments])  # autograd cannot see what a kernel writes
-
-    def _segment(self, param: Tensor, index: int, converted: list[tuple[Tensor, Tensor]]) -> Segment:
-        """One whole tensor; ``converted`` gains (param, master) if its new values must be copied back."""
-        data, dtype = param.detach(), compute_dtype(param)
-        state = self.state[param] or self._start(param, self.param_groups[index])
-        state["step"] += 1
-        master = data
-        if data.dtype != dtype or not data.is_contiguous():
-            master = data.to(dtype, memory_format=torch.contiguous_format, copy=True)
-            converted.append((data, master))
-        return Segment(
-            group=index,
-            step=int(state["step"]),
-            param=master.view(-1),
-            grad=cast(Tensor, param.grad).detach().reshape(-1),
-            state={name: values.view(-1) for name, values in state.items() if name != "step"},
-            low=None,
-            grad_scale=1.0,
-            shape=tuple(param.shape),
-        )
-
-    def explain(self, segment: Segment, index: int) -> str:
-        """Which line of the rule makes the first infinity or NaN when element ``index`` of ``segment`` is updated."""
-        if compile_rule(self.rule).locality != "elementwise":
-            return "which line made it is known for elementwise rules only"
-        compute = compute_dtype(segment.param)
-        grad = segment.grad[index].to(compute) * segment.grad_scale
-        arrays = {"param": segment.param[index], "grad": grad, **{n: s[index] for n, s in segment.state.items()}}
-        hypers = {**self.param_groups[segment.group], "step": segment.step}
-        values = {**dict.fromkeys(self.rule.states, 0.0), **{name: value.item() for name, value in arrays.items()}}
-        return explain(self.rule, values, hypers, compute)
-
-    def _start(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The first state of ``param``, which is kept from now on."""
-        state: dict[str, Tensor] = self.state[param]
-        state["step"] = torch.zeros((), dtype=torch.float32)
-        for declared in compile_rule(self.rule).states(group):
-            state[declared.name] = start_of(declared, param)
-        return state
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients; with a source attached, ``p.grad`` is None afterwards in any case."""
-        if self._source is None:
-            super().zero_grad(set_to_none)
-        else:
-            super().zero_grad(set_to_none=True)
-            self._source.discard()
+    # - saving, loading, copying
 
     def state_dict(self) -> StateDict:
         """As torch's, in whole tensors. With a source attached, every rank must call it."""
         if self._source is None:
             return super().state_dict()
-        self.state = defaultdict(dict, cast("dict[Tensor, Any]", self._source.whole_state()))
+        self.state = defaultdict(dict, self.own_states(self._source.whole_state()))
         try:
             return super().state_dict()
         finally:
             self.state = defaultdict(dict)
 
-    def check_state_dict(self, state_dict: StateDict) -> dict[nn.Parameter, dict[str, Tensor]]:
-        """The state of each parameter as it would be loaded. Raises ConfigError if it would not fit."""
-        found = check_loaded(state_dict, self.param_groups, self.rule)
-        for index, group in enumerate(state_dict["param_groups"]):
-            self.check_group(group, f"loaded parameter group {index}")
-        return found
+    def own_states(self, whole: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> dict[Tensor, dict[str, Tensor]]:
+        """What a source has, for each parameter the states of its own group: others may have more."""
+        state: dict[Tensor, dict[str, Tensor]] = {}
+        for group in self.param_groups:
+            for param in (param for param in group["params"] if param in whole):
+                states = self.states_in(group, param.ndim)
+                names = ["step", *(array.name for declared in states for array in stored_arrays(declared))]
+                state[param] = {name: whole[param][name] for name in names}
+        return state
+
+    def check_state_dict(self, state_dict: StateDict) -> tuple[list[dict[str, Any]], States]:
+        """The groups and the state of each parameter as they would be loaded. Raises ConfigError if they do not fit."""
+        groups = checked_groups(state_dict, self.param_groups, self.rule)
+        for index, group in enumerate(groups):
+            self._check_hyperparameters(group, f"loaded parameter group {index}")
+        return groups, checked_state(state_dict["state"], groups, self.param_groups, self.rule, self.states_in)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """As torch's, but state keeps the dtype that it is declared with (torch casts it to the parameter's).
 
-        Takes state dicts of torch's optimizer of the same name too. Raises ConfigError, before anything has
-        changed, if groups, hyper-parameters, state names or shapes do not fit. With a source attached, every
-        rank must call it with the same content.
+        Takes state dicts of torch's optimizer of the same name too, also older ones without some flags, with step
+        counts that are no tensors, or without step counts where the rule needs none. Raises ConfigError, before
+        anything has changed, if groups, hyper-parameters, state names or shapes do not fit. With a source attached,
+        every rank must call it with the same content.
         """
-        arrived: dict[nn.Parameter, dict[str, Tensor]] = {}
+        arrived: States = {}
 
         def take(_: torch.optim.Optimizer, given: StateDict) -> StateDict:
-            arrived.update(self.check_state_dict(given))
-            return {**given, "state": {}}
+            groups, states = self.check_state_dict(given)
+            arrived.update(states)
+            return {**given, "state": {}, "param_groups": groups}
 
         def put(_: torch.optim.Optimizer) -> None:
             if self._source is None:
@@ -291,30 +295,12 @@ class Optimizer(torch.optim.Optimizer):
             )
         return super().__getstate__()
 
-
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def number(value: object, name: str, where: str) -> float:
-    """``value`` (a number or a one-element tensor) as a float. Raises ConfigError if it is neither."""
-    try:
-        return float(cast(float, value))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"expected {name} to be a number in {where}, got {value!r}; give a number") from error
-
-
-def _complete(rule: Rule, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The rule's defaults with the ones given in their place."""
-    unknown = given.keys() - rule.hyperparameters.keys()
-    if unknown:
-        raise ConfigError(
-            f"expected hyper-parameters among {sorted(rule.hyperparameters)} for the rule {rule.name!r}, got "
-            f"{sorted(unknown)}; correct the names"
-        )
-    complete = {**rule.hyperparameters, **given}
-    missing = [name for name, value in complete.items() if value is None]
-    if missing:
-        raise ConfigError(
-            f"expected values for {missing} of the rule {rule.name!r}, got none; they have no default, so give them"
-        )
-    return complete
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As torch's; what an older version has pickled gains the flags and the form of step counts of this one."""
+        defaults = dict(state.get("defaults", getattr(self, "defaults", {})))  # torch adds to it
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.update(with_flags(group, self.rule, defaults))
+        for values in self.state.values():
+            if "step" in values and not isinstance(values["step"], Tensor):
+                values["step"] = as_step(values["step"])

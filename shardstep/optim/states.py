@@ -1,88 +1,76 @@
-"""States of single parameters: how they start, and how they come in from a state dict, checked in full before anything
-is changed. Nothing here changes an optimizer.
-"""
+"""States of single parameters: their shapes, how they start, and complex numbers as pairs of real ones."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
-from torch.optim.optimizer import StateDict
+from torch import Tensor
 
-from shardstep.errors import ConfigError
-from shardstep.rules import Rule
-from shardstep.rules.binding import compute_dtype, stored_dtype
-from shardstep.rules.compiled import compile_rule
+from shardstep.errors import UnsupportedError
+from shardstep.rules.backends.dynamic8 import encode
+from shardstep.rules.binding import CODED, compute_dtype, scale_name, stored_arrays
 from shardstep.rules.ir import State
+from shardstep.rules.view import state_shape
+from shardstep.types import SCALED_NUMEL
 
 
-def shape_of(declared: State, param: Tensor) -> tuple[int, ...]:
-    """The shape of a state of ``param``; its rows are its first dimension, its columns all the others."""
-    shape = tuple(param.shape)
-    rows, columns = shape[:1] or (1,), (math.prod(shape[1:]),)
-    return {"element": shape, "row": rows, "column": columns}.get(declared.shape, ())
+def as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor as the real and imaginary parts in one more dimension, as torch's optimizers see it."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def start_of(declared: State, param: Tensor) -> Tensor:
-    """A new state of ``param``."""
-    dtype = stored_dtype(declared) or compute_dtype(param)
-    if isinstance(declared.start, str):
-        return param.detach().to(dtype, memory_format=torch.contiguous_format, copy=True)
-    return torch.full(shape_of(declared, param), declared.start, dtype=dtype, device=param.device)
-
-
-def check_loaded(
-    state_dict: StateDict, groups: Sequence[Mapping[str, Any]], rule: Rule
-) -> dict[nn.Parameter, dict[str, Tensor]]:
-    """Copies of the state in ``state_dict`` by parameter, in the declared dtype.
-
-    Parameters are matched by position, as torch does; one without an entry is left out. Raises ConfigError if
-    groups, hyper-parameters, state names or shapes do not fit.
+def dtype_of(declared: State, param: Tensor) -> torch.dtype:
+    """What a state of ``param`` is kept in: complex where the parameter is and the state has its elements; one number
+    for a tensor in float32, as torch keeps ``step``.
     """
-    saved = state_dict["param_groups"]
-    sizes, own_sizes = ([len(group["params"]) for group in side] for side in (saved, groups))
-    if sizes != own_sizes:
-        raise ConfigError(
-            f"expected a state dict with parameter groups of {own_sizes} parameters, got {sizes}; "
-            f"build the optimizer with the groups that were saved"
+    unsaid = torch.float32 if declared.shape == "tensor" else compute_dtype(as_real(param))
+    dtype = stored_arrays(declared)[0].dtype or unsaid
+    if not param.is_complex() or declared.shape != "element":
+        return dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise UnsupportedError(
+            f"expected real parameters for the state {declared.name!r}, which is stored in {dtype}, got {param.dtype}; "
+            f"give torch.view_as_real(...) of the parameter"
         )
-    for index, group in enumerate(saved):
-        missing = rule.hyperparameters.keys() - group.keys()
-        if missing:
-            raise ConfigError(
-                f"expected the hyper-parameters of {rule.name!r} in the loaded parameter group {index}, got "
-                f"none for {sorted(missing)}; load a state dict of the same kind of optimizer"
-            )
-    owned: dict[Any, tuple[nn.Parameter, Sequence[State]]] = {}
-    for group, own in zip(saved, groups, strict=True):
-        states = compile_rule(rule).states(group)
-        owned.update(zip(group["params"], ((param, states) for param in own["params"]), strict=True))
-    unowned = state_dict["state"].keys() - owned.keys()
-    if unowned:
-        raise ConfigError(
-            f"expected state only for parameters of some group, got state for {sorted(map(str, unowned))}; "
-            f"the state dict is damaged"
-        )
-    return {owned[key][0]: _taken(state, *owned[key], key) for key, state in state_dict["state"].items() if state}
+    return dtype.to_complex()
 
 
-def _taken(state: Mapping[str, Any], param: Tensor, states: Sequence[State], key: object) -> dict[str, Tensor]:
-    names = ["step", *(declared.name for declared in states)]
-    if state.keys() != set(names):
-        raise ConfigError(
-            f"expected the states {names} for parameter {key}, got {list(state)}; "
-            f"load a state dict of the same kind of optimizer"
-        )
-    # Copies: state is updated in place, and the caller keeps the dict.
-    taken = {"step": torch.as_tensor(state["step"]).to("cpu", torch.float32, copy=True).reshape(())}
-    for declared in states:
-        values, shape = state[declared.name], shape_of(declared, param)
-        if values.shape != shape:
-            raise ConfigError(
-                f"expected {declared.name} of shape {shape} for parameter {key}, got "
-                f"{tuple(values.shape)}; the state dict belongs to another model"
-            )
-        dtype = stored_dtype(declared) or compute_dtype(param)
-        taken[declared.name] = values.to(param.device, dtype, copy=True, memory_format=torch.contiguous_format)
-    return taken
+def device_of(declared: State, param: Tensor) -> torch.device:
+    """Where it lies: one number for a tensor, on the CPU."""
+    return torch.device("cpu") if declared.shape == "tensor" else param.device
+
+
+def start_of(declared: State, param: Tensor) -> dict[str, Tensor]:
+    """The arrays of a new state of ``param``."""
+    shape = state_shape(declared.shape, tuple(param.shape))
+    first, *scales = stored_arrays(declared)
+    arrays = {first.name: torch.empty(shape, dtype=dtype_of(declared, param), device=device_of(declared, param))}
+    for scale in scales:
+        arrays[scale.name] = torch.empty(scales_of(math.prod(shape)), dtype=scale.dtype, device=param.device)
+    begin(declared, arrays, param)
+    return arrays
+
+
+def begin(declared: State, arrays: Mapping[str, Tensor], param: Tensor) -> None:
+    """Let the arrays of a state begin anew."""
+    values = arrays[declared.name]
+    if values.dtype not in CODED:
+        if isinstance(declared.start, str):
+            values.copy_(param.detach())
+        else:
+            as_real(values).fill_(declared.start)  # both parts of a complex number, for the rule sees two real ones
+        return
+    scale = arrays[scale_name(declared.name)]
+    if isinstance(declared.start, str):
+        codes, scales = encode(param, values.dtype)
+        values.copy_(codes)
+        scale.copy_(scales)
+    else:
+        codes, scales = encode(torch.tensor([declared.start], dtype=torch.float32), values.dtype)
+        values.fill_(codes.item())
+        scale.fill_(scales.item())
+
+
+def scales_of(numel: int) -> int:
+    """How many scales there are for a tensor."""
+    return -(-numel // SCALED_NUMEL)

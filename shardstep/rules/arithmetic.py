@@ -207,13 +207,13 @@ class Arithmetic(ABC, Generic[V]):
         if type_ is None or self.type_of(total) is None:
             return self.wrong()
         match type_.shape:
-            case "row":
-                count = self.emit("rows", [], span)
-            case "column":
-                count = self.emit("columns", [], span)
-            case "rr" | "cc":
-                side = self.emit("rows" if type_.shape == "rr" else "columns", [], span)
-                count = self.emit("mul", [side, side], span)
+            case "row" | "column" as line:
+                terms = self.emit("columns" if line == "row" else "rows", [], span)
+                count = self.emit("div", [self.emit("numel", [], span), terms], span)
+            case "rr" | "cc" as square:
+                side, other = ("rows", "columns") if square == "rr" else ("columns", "rows")
+                lines = self.emit("div", [self.emit("numel", [], span), self.emit(other, [], span)], span)
+                count = self.emit("mul", [lines, self.emit(side, [], span)], span)
             case _:
                 count = self.emit("numel", [], span)
         return self.emit("div", [total, count], span)

@@ -120,14 +120,15 @@ class _Types(Meaning[Type | None]):
             self.notes.append((name, type_))
 
     def emit(self, operation: str, arguments: Sequence[Type | None], span: Span) -> Type | None:
-        types = [argument for argument in arguments if argument is not None]
+        types = tuple(argument for argument in arguments if argument is not None)
         if len(types) < len(arguments):
             return None
         type_ = result_type(operation, types)
         if type_ is None:
             code = _code(operation, types)
             self.refuse(code, span, *_explained(code, operation, types))
-        return type_
+            return None
+        return Type(type_.kind, type_.shape)  # another object: `choose` knows a value by its identity
 
     def check_outputs(self) -> None:
         """Run the rule, and see whether each array can be stored what is returned for it."""

@@ -7,46 +7,9 @@ import difflib
 import linecache
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
 
 from shardstep.errors import RuleError
 from shardstep.rules.syntax import Span
-
-CODES: Final[dict[str, str]] = {
-    "E00": "the source text of the function cannot be had, or is not that of the function",
-    "E01": "a statement or an expression that rules do not have",
-    "E02": "a name that nobody defined, or that stands for what rules cannot use",
-    "E03": "a name that only one branch defines",
-    "E04": "a call of a function that rules do not have",
-    "E05": "a part of an array: rules treat all elements alike",
-    "E06": "a branch that depends on element values",
-    "E07": "a loop or an index that is not known when the rule is compiled",
-    "E08": "a rule that is too long when it is unrolled",
-    "E09": "a state that would truncate what is stored in it",
-    "E10": "a truth value used as a number, a number as a truth value, or integer division",
-    "E11": "a constant that overflows",
-    "E12": "a constant that becomes zero",
-    "E13": "a name that is read before it is defined",
-    "E14": "a state that never changes, or a result that is never used",
-    "E15": "a state that does not start from a number or from the parameter",
-    "E16": "an assignment to the gradient",
-    "E17": "an assignment to a hyper-parameter",
-    "E18": "a parameter that is returned as it came",
-    "E19": "a parameter or a state that is stored twice, or in another's place",
-    "E20": "shapes that do not fit together",
-    "E21": "a reduction of what is one number already",
-    "E22": "a chain of comparisons, a comparison that rules do not have, or text",
-    "E23": "a number where a condition is expected",
-    "E24": "arguments that a function does not take",
-    "E25": "a function that calls itself",
-    "E26": "another number of values than expected",
-    "E27": "a definition of another form than a rule's",
-    "E28": "a name that the language keeps for itself",
-    "E29": "a call whose result is not the same every time",
-    "E30": "a default that is not a hyper-parameter's",
-}
-"""Each kind of mistake. What depends on the values at run time (sparse or missing gradients, a hyper-parameter out of
-range) is the optimizer's to say; all numbers of a rule are real, so nothing is ever truncated silently."""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final, NoReturn, TypeAlias, get_args
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Final, NoReturn, Self, TypeAlias, get_args
 
 from shardstep.errors import RuleError
 from shardstep.rules.diagnostics import RuleErrors, diagnose
@@ -30,14 +31,28 @@ Hyperparameters: TypeAlias = Mapping[str, float | tuple[float, ...] | None]
 _PUT_IN: Final = frozenset({"grad_scale", "rounding_key"})
 """Hyper-parameters that the compiler adds: what the gradient is multiplied by, and the key of stochastic rounding."""
 
-GIVEN: Final = ("step", "rows", "columns")
-"""Hyper-parameters that have no default: the count of updates from 1, and the param's rows and columns."""
+GIVEN: Final = ("step", "ndim", "machine_eps", "rows", "columns")
+"""Hyper-parameters that are there by themselves: the count of updates from 1, the param's number of dimensions, what 1
+and the next larger number that the rule computes with differ by, and the rows and columns of the param as a matrix."""
 
-RESERVED: Final = _PUT_IN | {"step"}
+RESERVED: Final = _PUT_IN | frozenset(GIVEN)
 """Names with a meaning of their own."""
 
-_LARGEST: Final = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "float32": 3.4028234663852886e38}
-_SMALLEST: Final = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-149}
+_OF_GROUPS: Final = frozenset({"params", "param_names"})
+"""What torch keeps in a parameter group beside the hyper-parameters."""
+
+_LARGEST_FLOAT32: Final = 3.4028234663852886e38
+_LARGEST: Final = {
+    "float16": 65504.0,
+    "bfloat16": 3.3895313892515355e38,
+    **dict.fromkeys(("float32", "dynamic8", "dynamic8_unsigned"), _LARGEST_FLOAT32),
+}
+_SMALLEST: Final = {
+    "float16": 2.0**-24,
+    "bfloat16": 2.0**-133,
+    **dict.fromkeys(("float32", "dynamic8", "dynamic8_unsigned"), 2.0**-149),
+}
+_CODED: Final = frozenset({"dynamic8", "dynamic8_unsigned"})
 _SHAPES: Final = ("element", "row", "column", "tensor")
 
 
@@ -54,6 +69,9 @@ def state(start: float | str = 0.0, *, dtype: str | None = None, shape: str = "e
     """The default of a state: what it starts from (a number, or "param": a copy of the parameter), the dtype it is
     stored in ("bfloat16", "float16", "float32"; by default what the rule computes in), and what it has one value for
     each of ("element", "row", "column", "tensor").
+
+    "dynamic8" and, for what is never negative, "dynamic8_unsigned" store an element in 8 bits, with a float32 scale for
+    each 256 elements of a tensor (Dettmers et al. 2022).
     """
     return _Start(start, dtype, shape)
 
@@ -79,10 +97,35 @@ class Rule:
     def states(self) -> tuple[str, ...]:
         return tuple(declared.name for declared in self.declared)
 
+    @cached_property
+    def tensor_states(self) -> frozenset[str]:
+        """The names of those that have not one value for each element."""
+        return frozenset(declared.name for declared in self.declared if declared.shape != "element")
+
     @property
     def place(self) -> str:
         """``file:line`` of the definition."""
         return _place(self.function)
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """For type checkers: rules may call it. Raises RuleError, since only rules may."""
+        _refuse_call(self.name)
+
+    def stored(self, **dtypes: str) -> Self:
+        """The same rule, with the states of these names stored in these dtypes (see `state`).
+
+        ``adamw.stored(exp_avg="dynamic8", exp_avg_sq="dynamic8_unsigned")``. Raises RuleError for the name of no state,
+        RuleErrors for a dtype that does not suit.
+        """
+        if unknown := dtypes.keys() - set(self.states):
+            raise RuleError(
+                f"expected states of the rule {self.name!r} ({', '.join(self.states) or 'it has none'}), got "
+                f"{', '.join(sorted(unknown))}; correct the name"
+            )
+        starts = {
+            state.name: _Start(state.start, dtypes.get(state.name, state.dtype), state.shape) for state in self.declared
+        }
+        return replace(self, declared=_declared_all(self.function, starts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,18 +135,24 @@ class Inline:
     name: str
     function: types.FunctionType
 
-    def __call__(self, *values: Any) -> Any:
-        """For type checkers. Raises RuleError: the body is read, not run."""
-        raise RuleError(f"expected {self.name}() inside a rule, whose text is compiled; got a call by Python")
-
     @property
     def place(self) -> str:
         """``file:line`` of the definition."""
         return _place(self.function)
 
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """For type checkers: rules may call it. Raises RuleError, since only rules may."""
+        _refuse_call(self.name)
+
 
 def _place(function: types.FunctionType) -> str:
     return f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
+
+
+def _refuse_call(name: str) -> NoReturn:
+    raise RuleError(
+        f"expected {name}() inside a function under @rule or @inline, whose text is compiled; got a call by Python"
+    )
 
 
 def rule(function: Callable[..., Any]) -> Rule:
@@ -140,7 +189,8 @@ def _plain(function: Callable[..., Any], decorator: str) -> types.FunctionType:
         if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
             text = f"expected every argument by name, got {argument}"
             _refuse(function, argument.name, "E27", text, "list the arguments")
-        if argument.name in WORDS or argument.name in _PUT_IN:
+        is_state = decorator == "rule" and argument.kind is not argument.KEYWORD_ONLY
+        if (argument.name in WORDS and not is_state) or argument.name in _PUT_IN:
             text = f"the argument {argument.name!r} has the name of what the language has already"
             _refuse(function, argument.name, "E28", text, "give it another name")
     return function
@@ -152,23 +202,40 @@ def _states(function: types.FunctionType, arrays: list[inspect.Parameter]) -> tu
         got = ", ".join(map(str, arrays))
         text = f"expected the first two arguments to be param and grad without defaults, got ({got})"
         _refuse(function, "", "E27", text, "name them so")
-    return tuple(_declared(function, argument) for argument in states)
+    for argument in states:
+        _check_state(function, argument)
+    return _declared_all(function, {argument.name: argument.default for argument in states})
 
 
-def _declared(function: types.FunctionType, argument: inspect.Parameter) -> State:
-    name, given = argument.name, argument.default
+def _check_state(function: types.FunctionType, argument: inspect.Parameter) -> None:
+    name = argument.name
     if name in RESERVED:
         _refuse(function, name, "E28", f"expected {name!r} after *, got it as a state", "it is given by itself")
-    if not isinstance(given, _Start):
+    if not isinstance(argument.default, _Start):
         text = f"expected the state {name!r} to start from zeros or state(...), got {argument}"
         hint = f"write {name}=zeros, or put it after * if it is a hyper-parameter"
         _refuse(function, name, "E27", text, hint)
+
+
+def _declared_all(function: types.FunctionType, starts: Mapping[str, _Start]) -> tuple[State, ...]:
+    declared = tuple(_declared(function, name, given) for name, given in starts.items())
+    for state in declared:
+        if (scale := f"{state.name}_scale") in starts and state.dtype in _CODED:
+            text = f"the state {scale!r} has the name of what belongs to {state.name!r}, which is stored in 8 bits"
+            _refuse(function, scale, "E28", text, "give it another name")
+    return declared
+
+
+def _declared(function: types.FunctionType, name: str, given: _Start) -> State:
     if not _is_one_of(_SHAPES, given.shape):
         text = f"expected the state {name!r} to be one of {_SHAPES}, got shape={given.shape!r}"
         _refuse(function, name, "E20", text, "say what it has one value for each of")
     if given.dtype is not None and not _is_one_of(_LARGEST, given.dtype):
         text = f"expected the state {name!r} stored as one of {tuple(_LARGEST)}, got dtype={given.dtype!r}"
         _refuse(function, name, "E09", text, "a rule computes with real numbers and never truncates them")
+    if given.dtype in _CODED and given.shape != "element":
+        text = f"expected the state {name!r}, stored in 8 bits, to have a value for each element, got {given.shape!r}"
+        _refuse(function, name, "E20", text, "store it in another dtype: it is small")
     _check_start(function, name, given)
     shape: Shape = next(shape for shape in get_args(Shape) if shape == given.shape)
     return State(name, shape, given.start if isinstance(given.start, str) else float(given.start), given.dtype)
@@ -184,6 +251,12 @@ def _check_start(function: types.FunctionType, name: str, given: _Start) -> None
     if _LARGEST[dtype] < abs(float(start)) < math.inf:
         text = f"the state {name!r} starts from {start}, which overflows {dtype}"
         _refuse(function, name, "E11", text, "start from a smaller number, or store it in another dtype")
+    if dtype in _CODED and abs(float(start)) == math.inf:
+        text = f"the state {name!r} starts from {start}, which {dtype} does not have"
+        _refuse(function, name, "E11", text, "store it in another dtype")
+    if dtype == "dynamic8_unsigned" and float(start) < 0:
+        text = f"the state {name!r} starts from {start}, which is zero in {dtype}"
+        _refuse(function, name, "E12", text, "store it in dynamic8, which has both signs")
     if 0 < abs(float(start)) < _SMALLEST[dtype]:
         text = f"the state {name!r} starts from {start}, which is zero in {dtype}"
         _refuse(function, name, "E12", text, "start from a larger number, or store it in another dtype")
@@ -194,6 +267,9 @@ def _defaults(
 ) -> dict[str, float | tuple[float, ...] | None]:
     defaults: dict[str, float | tuple[float, ...] | None] = {}
     for scalar in scalars:
+        if scalar.name in _OF_GROUPS:
+            text = f"expected a hyper-parameter, got {scalar.name!r}, where a parameter group keeps its parameters"
+            _refuse(function, scalar.name, "E28", text, "give it another name")
         if scalar.name not in GIVEN:
             defaults[scalar.name] = None if scalar.default is scalar.empty else _default(function, scalar)
         elif scalar.default is not scalar.empty:
@@ -241,7 +317,8 @@ WORDS: Final[Mapping[str, tuple[str, ...]]] = types.MappingProxyType(
         **dict.fromkeys("sum mean norm max_abs row_mean col_mean".split(), ("x",)),
     }
 )
-"""The functions that a rule knows without importing them, and their arguments. They win over all other names.
+"""The functions that a rule knows without importing them, and their arguments. They win over all other names, but for
+states: the ``sum`` of Adagrad is a state, and in a call still the function.
 
 ``rsqrt(x)`` is 1 / sqrt(x); ``clip`` is minimum(maximum(x, low), high); ``lerp`` is fma(weight, end - start, start);
 ``fma`` is x · y + z rounded once; ``where`` chooses for each element. ``sum mean norm max_abs`` give one number for

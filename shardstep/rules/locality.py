@@ -6,6 +6,8 @@ from shardstep.rules.ir import Instruction, Program
 
 Locality: TypeAlias = Literal["elementwise", "reduced", "factored", "matrix"]
 
+_OF_SHAPE: Final = frozenset({"numel", "rows", "columns"})
+
 _ORDER: Final[tuple[Locality, ...]] = ("elementwise", "reduced", "factored", "matrix")
 _NEEDS: Final[dict[Locality, str]] = {
     "reduced": "needs all elements of the tensor",
@@ -30,10 +32,10 @@ def locality(program: Program) -> tuple[Locality, str]:
     return found, reason
 
 
-def needs_whole_tensors(program: Program) -> bool:
-    """Whether it runs on whole tensors only, on the reference back end."""
-    looks_wide = locality(program)[0] in ("factored", "matrix")
-    return not runs_in_steps(program) and (looks_wide or any(state.shape != "element" for state in program.states))
+def is_by_tensor(program: Program) -> bool:
+    """Whether elements of several tensors may not be updated in one run."""
+    shaped = any(line.operation in _OF_SHAPE or line.attributes == ("ndim",) for line in program.instructions)
+    return shaped or locality(program)[0] != "elementwise" or any(s.shape != "element" for s in program.states)
 
 
 def runs_in_steps(program: Program) -> bool:
@@ -59,10 +61,10 @@ def _demanded(program: Program, line: Instruction) -> Locality:
             return "matrix"
         case "row_sum" | "column_sum":
             return "factored"
-        case "sum" | "max" | "numel" | "rows" | "columns":
+        case "sum" | "max":
             return "reduced"
-        case "load" if line.type.shape != "element":
-            return "reduced" if line.type.shape == "tensor" else "factored"
+        case "load" if line.type.shape in ("row", "column"):
+            return "factored"
     return "elementwise"
 
 

@@ -8,7 +8,6 @@ on the shapes alone. Who owns which tensor, and how values travel, is the `Owner
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from math import prod
 from typing import Any, TypeAlias
 
 import torch
@@ -16,10 +15,11 @@ from torch import Tensor
 
 from shardstep.rules import noise
 from shardstep.rules.backends import blocks
-from shardstep.rules.binding import Binding, PhaseKernel, check_arrays, check_dtypes, compute_dtype
+from shardstep.rules.binding import Binding, PhaseKernel, check_dtypes, checked, compute_dtype
 from shardstep.rules.ir import Buffer, Phase, Product, Program, Shape, Step, Steps, Sweep
 from shardstep.rules.passes import cut_steps
 from shardstep.rules.scalars import Scalars, compile_scalars
+from shardstep.rules.view import View, view_of
 from shardstep.types import Batch, Owners, Segment, Whole
 
 Hypers: TypeAlias = Mapping[str, object]
@@ -30,11 +30,6 @@ _Kernels: TypeAlias = dict[int, PhaseKernel]
 """Those of the sweeps of a form, by their place among its steps."""
 
 
-def view_of(shape: tuple[int, ...]) -> tuple[int, int]:
-    """The rows and columns that a rule sees."""
-    return (shape[0] if shape else 1), prod(shape[1:])
-
-
 class _Form:
     """The steps for one way that the conditions go, and what they need to run."""
 
@@ -42,7 +37,7 @@ class _Form:
         self.steps: Steps = cut_steps(program)
         self.compute = compute
         steps = self.steps
-        self.all: tuple[Step, ...] = (*steps.head, *steps.middle, *steps.tail)
+        self.all = steps.all
         self.head, self.tail = range(len(steps.head)), range(len(self.all) - len(steps.tail), len(self.all))
         self.middle = range(self.head.stop, self.tail.start)
         self.scalars: dict[int, Scalars] = {
@@ -61,11 +56,12 @@ class _Form:
     def dtype(self, buffer: int) -> torch.dtype:
         return torch.bfloat16 if self.steps.buffers[buffer].narrow else self.compute
 
-    def extent(self, buffer: int, shape: tuple[int, int]) -> tuple[int, int]:
-        """Of a whole buffer, for a tensor of this shape."""
-        rows, columns = shape
+    def extent(self, buffer: int, view: View) -> tuple[int, ...]:
+        """Of a whole buffer: that of one matrix, or of a batch of them."""
+        batch, rows, columns = view
         extents: dict[Shape, tuple[int, int]] = {"rr": (rows, rows), "cc": (columns, columns), "cr": (columns, rows)}
-        return extents.get(self.steps.buffers[buffer].extent, shape)
+        matrix = extents.get(self.steps.buffers[buffer].extent, (rows, columns))
+        return matrix if batch == 1 else (batch, *matrix)
 
     def rounds(self, places: range) -> list[range]:
         """``places`` cut after each sweep that makes sums."""
@@ -117,11 +113,11 @@ def _kind(form: _Form, buffer: int) -> Buffer:
 class _Desk:
     """Memory for whole tensors of one shape, one after the other, and the matrices in it."""
 
-    def __init__(self, form: _Form, plan: _Plan, shape: tuple[int, int], places: range, device: torch.device) -> None:
-        extents = [form.extent(buffer, shape) for buffer in plan.slots]
+    def __init__(self, form: _Form, plan: _Plan, view: View, places: range, device: torch.device) -> None:
+        extents = [form.extent(buffer, view) for buffer in plan.slots]
         dtypes = form.dtypes(plan.slots)
         matrices = [torch.empty(e, dtype=d, device=device) for e, d in zip(extents, dtypes, strict=True)]
-        both = [(matrix, matrix.T) for matrix in matrices]
+        both = [(matrix, matrix.mT) for matrix in matrices]
         flat = [matrix.view(-1) for matrix in matrices]
         self.buffers = {buffer: flat[slot] for buffer, slot in plan.of.items()}
         self.products: dict[int, tuple[Tensor, ...]] = {}
@@ -140,7 +136,7 @@ class _Job:
     form: _Form
     kernels: _Kernels
     hypers: Hypers
-    shape: tuple[int, int]
+    view: View
     arrays: Mapping[str, Tensor]
     offset: int
     device: torch.device
@@ -159,7 +155,7 @@ class MatrixUpdate:
 
     def moved_bytes(self, shape: tuple[int, ...], group: Hypers, compute: torch.dtype) -> tuple[int, int]:
         """The bytes of an element of a tensor that go to its owner, and that come back."""
-        form = self._form(_hypers(group, 1, 1.0, view_of(shape)), compute, None)
+        form = self._form(hypers_of(group, 1, 1.0, shape, compute), compute, None)
         inward, outward = (form.dtypes(buffers) for buffers in (form.steps.inward, form.steps.outward))
         return sum(dtype.itemsize for dtype in inward), sum(dtype.itemsize for dtype in outward)
 
@@ -193,9 +189,10 @@ class MatrixUpdate:
         for number in range(most):
             rounds = [_at(job.form.rounds(places(job.form)), number) for job in jobs]
             partials = [self._run(job, part) for job, part in zip(jobs, rounds, strict=True)]
-            count = max(len(form.sums(_at(form.rounds(places(form)), number))) for form in forms)
-            if count:
-                for job, part, whole in zip(jobs, rounds, batch.combine(partials, count), strict=True):
+            made = [form.sums(_at(form.rounds(places(form)), number)) for form in forms]
+            if any(made):
+                reductions = [tuple(operation for operation, _ in sums) for sums in made]
+                for job, part, whole in zip(jobs, rounds, batch.combine(partials, reductions), strict=True):
                     _learn(job, part, whole)
 
     def _middles(
@@ -204,11 +201,11 @@ class MatrixUpdate:
         """What is done at owners; ``wholes`` is emptied on the way."""
         jobs = []
         for whole, values in zip(owned, wholes, strict=True):
-            form, shape = self._form_of(whole, groups[whole.group]), view_of(whole.shape)
-            hypers = _hypers(groups[whole.group], whole.step, whole.grad_scale, shape)
+            hypers = _hypers_of(whole, groups[whole.group])
+            form, view = self._form(hypers, whole.compute, None), view_of(whole.shape)
             kernels = form.kernels.setdefault((values[0].device.type,), {})
-            job = _Job(form, kernels, hypers, shape, {}, whole.offset, values[0].device)
-            job.known |= _counted(form, shape)
+            job = _Job(form, kernels, hypers, view, {}, whole.offset, values[0].device)
+            job.known |= _counted(form, view)
             job.buffers |= zip(form.steps.inward, values, strict=True)
             jobs.append(job)
         wholes.clear()
@@ -225,7 +222,7 @@ class MatrixUpdate:
     # - forms and kernels
 
     def _form_of(self, whole: Whole, group: Hypers) -> _Form:
-        return self._form(_hypers(group, whole.step, whole.grad_scale, view_of(whole.shape)), whole.compute, None)
+        return self._form(_hypers_of(whole, group), whole.compute, None)
 
     def _form(self, hypers: Hypers, compute: torch.dtype, rounded: torch.dtype | None) -> _Form:
         program = self._program_for(hypers, compute, rounded)
@@ -234,19 +231,20 @@ class MatrixUpdate:
         return self._forms[id(program)][1]
 
     def _job(self, segment: Segment, group: Hypers) -> _Job:
-        check_arrays(segment)
+        arrays = {"param": segment.param, "grad": segment.grad, **segment.state}
+        checked(arrays, segment.low, segment.offset)
         check_dtypes(segment)
-        shape, compute = view_of(segment.shape or ()), compute_dtype(segment.param)
-        hypers = _hypers(group, segment.step, segment.grad_scale, shape)
+        shape, compute = segment.shape or (), compute_dtype(segment.param)
+        hypers = hypers_of(group, segment.step, segment.grad_scale, shape, compute)
         if segment.seed is not None:
             hypers = {**hypers, noise.KEY: noise.key_of(segment, segment.seed)}
         form = self._form(hypers, compute, noise.rounded_dtype(segment))
-        arrays = {"param": segment.param, "grad": segment.grad, **segment.state}
         low = None if segment.low is None else segment.low.dtype
         key = (segment.param.device.type, low, *((name, array.dtype) for name, array in arrays.items()))
-        job = _Job(form, form.kernels.setdefault(key, {}), hypers, shape, arrays, segment.offset, segment.param.device)
+        kernels, view = form.kernels.setdefault(key, {}), view_of(shape)
+        job = _Job(form, kernels, hypers, view, arrays, segment.offset, segment.param.device)
         job.low = segment.low
-        job.known |= _counted(form, shape)
+        job.known |= _counted(form, view)
         return job
 
     def _kernel(self, job: _Job, place: int, sweep: Sweep) -> PhaseKernel:
@@ -308,26 +306,34 @@ def _at_desks(jobs: Sequence[_Job], used: Callable[[_Form], tuple[range, Sequenc
 
     ``used`` gives the places of the steps that are run there, and the buffers that are filled before.
     """
-    alike: dict[tuple[int, tuple[int, int], torch.device], list[_Job]] = {}
+    alike: dict[tuple[int, View, torch.device], list[_Job]] = {}
     for job in jobs:
-        alike.setdefault((id(job.form), job.shape, job.device), []).append(job)
-    for (_, shape, device), together in alike.items():
+        alike.setdefault((id(job.form), job.view, job.device), []).append(job)
+    for (_, view, device), together in alike.items():
         form, (places, given) = together[0].form, used(together[0].form)
         if places not in form.plans:
             form.plans[places] = _Plan(form, places, given)
-        desk = _Desk(form, form.plans[places], shape, places, device)
+        desk = _Desk(form, form.plans[places], view, places, device)
         for job in together:
             job.desk = desk
             yield job
 
 
-def _hypers(group: Hypers, step: int, grad_scale: float, shape: tuple[int, int]) -> dict[str, object]:
-    return {**group, "step": step, "grad_scale": grad_scale, "rows": shape[0], "columns": shape[1]}
+def hypers_of(
+    group: Hypers, step: int, grad_scale: float, shape: tuple[int, ...], compute: torch.dtype
+) -> dict[str, object]:
+    """All that the host's scalars may be made of, for a tensor."""
+    view = view_of(shape)
+    of_shape = {"ndim": len(shape), "rows": view.rows, "columns": view.columns}
+    return {**group, **of_shape, "step": step, "grad_scale": grad_scale, "machine_eps": torch.finfo(compute).eps}
 
 
-def _counted(form: _Form, shape: tuple[int, int]) -> Iterator[tuple[int, float]]:
-    counts = {"numel": prod(shape), "rows": shape[0], "columns": shape[1]}
-    return ((number, float(counts[what])) for number, what in form.counts)
+def _hypers_of(whole: Whole, group: Hypers) -> dict[str, object]:
+    return hypers_of(group, whole.step, whole.grad_scale, whole.shape, whole.compute)
+
+
+def _counted(form: _Form, view: View) -> Iterator[tuple[int, float]]:
+    return ((number, float(getattr(view, what))) for number, what in form.counts)
 
 
 def _learn(job: _Job, places: range, sums: Sequence[Tensor]) -> None:
@@ -350,7 +356,8 @@ def _multiply(matrices: tuple[Tensor, ...], step: Product, scales: Sequence[floa
     if addend:
         given = iter(scales)
         alpha, beta = (1.0 if number is None else next(given) for number in (step.alpha, step.beta))
-        torch.addmm(addend[0], left, right, alpha=alpha, beta=beta, out=result)
+        add = torch.addmm if result.ndim == 2 else torch.baddbmm
+        add(addend[0], left, right, alpha=alpha, beta=beta, out=result)
         return
     if left.dtype != result.dtype or right.dtype != result.dtype:
         left, right = left.to(result.dtype), right.to(result.dtype)

@@ -47,7 +47,7 @@ class _Names:
 
     def _target(self, node: Name) -> None:
         name = node.name
-        if name in WORDS or name in RESERVED:
+        if (name in WORDS and name not in self._arrays) or name in RESERVED:
             text = f"the name {name!r} is the language's own"
             self._mistakes.add("E28", node.span, text, "give the value another name")
         elif self._rule and name == "grad":

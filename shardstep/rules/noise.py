@@ -14,7 +14,7 @@ from typing import Final
 
 import torch
 
-from shardstep.rules.binding import compute_dtype
+from shardstep.rules.binding import compute_dtype, cut_states
 from shardstep.types import Segment
 
 KEY: Final = "rounding_key"
@@ -46,23 +46,20 @@ def _key(seed: int, step: int, high: int) -> tuple[float, ...]:
     return tuple(float(2**23 + int.from_bytes(mixed[i : i + 2], "little")) for i in range(0, len(mixed), 2))
 
 
-def has_turn(segment: Segment) -> bool:
-    """Whether it needs more than one key."""
-    return segment.offset % TURN + segment.param.numel() > TURN
-
-
 def between_turns(segment: Segment) -> Iterator[Segment]:
     """The segment in parts that share their key."""
     numel, start = segment.param.numel(), 0
+    param, grad = segment.param.view(-1), segment.grad.view(-1)
     while start < numel:
         stop = min(numel, start + TURN - (segment.offset + start) % TURN)
         part = slice(start, stop)
         yield replace(
             segment,
-            param=segment.param[part],
-            grad=segment.grad[part],
-            state={name: state[part] for name, state in segment.state.items()},
-            low=None if segment.low is None else segment.low[part],
+            param=param[part],
+            grad=grad[part],
+            state=cut_states(segment.state, start, stop),
+            low=None if segment.low is None else segment.low.view(-1)[part],
             offset=segment.offset + start,
+            start=segment.start + start,
         )
         start = stop

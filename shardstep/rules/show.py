@@ -12,15 +12,15 @@ import torch
 from shardstep.errors import ConfigError
 from shardstep.rules import syntax
 from shardstep.rules.backends import llvm, triton
-from shardstep.rules.binding import Binding, stored_dtype
+from shardstep.rules.binding import Binding, stored_arrays
 from shardstep.rules.check import check
 from shardstep.rules.check import to_text as types_to_text
-from shardstep.rules.ir import Product, Steps, Sweep, Turn, to_text
+from shardstep.rules.ir import Product, Program, Steps, Sweep, Turn, to_text
 from shardstep.rules.language import GIVEN, Rule
-from shardstep.rules.locality import locality, needs_whole_tensors, runs_in_steps
+from shardstep.rules.locality import locality, runs_in_steps
 from shardstep.rules.lower import lower, program_of
 from shardstep.rules.parse import parse
-from shardstep.rules.passes import compile_phases, cut, cut_steps, stages, truths
+from shardstep.rules.passes import compile_phases, compile_truths, cut, cut_steps, drop_dead, specialise, stages
 from shardstep.rules.scalars import expression
 from shardstep.rules.trace_values import Line, first_non_finite, trace_values
 
@@ -29,7 +29,8 @@ COMPUTE: Final = torch.float32
 
 
 def show(rule: Rule, stage: str, hypers: Mapping[str, object]) -> str:
-    """One stage of ``rule``, computing in float32; ``hypers`` replace its defaults, and ``step``, which is 2 else.
+    """One stage of ``rule``, computing in float32. ``hypers`` replace its defaults, and ``step`` and ``ndim``, which
+    are 2 else.
 
     Raises RuleErrors if the rule is wrong, ConfigError for an unknown stage or hyper-parameter.
     """
@@ -53,7 +54,7 @@ def debug(rule: Rule, values: Mapping[str, float], hypers: Mapping[str, object])
 
     ``values``: param, grad and states; those left out are 1 for param, 1 for grad, and 0. Raises as `show` does.
     """
-    program = program_of(rule)
+    program = _taken(rule, complete(rule, hypers))
     given = {"param": 1.0, "grad": 1.0, **dict.fromkeys(rule.states, 0.0), **values}
     if unknown := values.keys() - program.shapes.keys():
         raise ConfigError(f"expected values for {', '.join(program.shapes)}, got one for {', '.join(sorted(unknown))}")
@@ -69,22 +70,32 @@ def debug(rule: Rule, values: Mapping[str, float], hypers: Mapping[str, object])
             told.append(f"{at:5}  {linecache.getline(source, at).strip()}")
         last = at
         told.append(f"         {_instruction(line, lines)} = {line.value!r}")
-    return "\n".join([*told, _culprit(lines, source)]) + "\n"
+    return "\n".join([*told, _culprit(lines, source) or "every value is finite"]) + "\n"
 
 
-def explain(rule: Rule, values: Mapping[str, float], hypers: Mapping[str, object], compute: torch.dtype) -> str:
-    """Which line of ``rule`` makes the first infinity or NaN of one element; all values are given."""
-    return _culprit(trace_values(program_of(rule), values, hypers, compute), rule.function.__code__.co_filename)
+def explain(rule: Rule, values: Mapping[str, float], hypers: Mapping[str, object], compute: torch.dtype) -> str | None:
+    """Which line of ``rule`` makes the first infinity or NaN of one element, if any does; all values are given."""
+    return _culprit(trace_values(_taken(rule, hypers), values, hypers, compute), rule.function.__code__.co_filename)
+
+
+def _taken(rule: Rule, hypers: Mapping[str, object]) -> Program:
+    """What ``rule`` does with these hyper-parameters: an infinity in a branch that is not taken is nobody's fault."""
+    program = program_of(rule)
+    return drop_dead(specialise(program, compile_truths(program)(hypers)))
 
 
 def complete(rule: Rule, given: Mapping[str, object]) -> dict[str, object]:
-    """All hyper-parameters: those given, then the defaults. Raises ConfigError for unknown and missing ones."""
+    """All hyper-parameters: those given, then the defaults. Raises ConfigError for unknown and missing ones.
+
+    Those that are there by themselves are of the second step of a 1 × 1 matrix of float32.
+    """
     if unknown := given.keys() - rule.hyperparameters.keys() - set(GIVEN):
         names = ", ".join([*rule.hyperparameters, *GIVEN])
         raise ConfigError(
             f"expected hyper-parameters of {rule.name!r} ({names}), got {', '.join(sorted(unknown))}; correct the name"
         )
-    hypers = {"step": 2, "rows": 1, "columns": 1, **rule.hyperparameters, **given}
+    by_itself = {"step": 2, "ndim": 2, "machine_eps": torch.finfo(COMPUTE).eps, "rows": 1, "columns": 1}
+    hypers = {**by_itself, **rule.hyperparameters, **given}
     if missing := [name for name, value in hypers.items() if value is None]:
         raise ConfigError(
             f"expected values for {', '.join(missing)} of {rule.name!r}, which have no default; give them"
@@ -94,16 +105,19 @@ def complete(rule: Rule, given: Mapping[str, object]) -> dict[str, object]:
 
 def _passes(rule: Rule, hypers: Mapping[str, object]) -> str:
     program = program_of(rule)
-    after = stages(program, truths(program, complete(rule, hypers)), COMPUTE)
+    after = stages(program, compile_truths(program)(complete(rule, hypers)), COMPUTE)
     told = [f"--- after {name}\n{to_text(made)}" for name, made in after]
-    if needs_whole_tensors(program):
-        return "\n".join(told)
     if runs_in_steps(program):
         return "\n".join([*told, _steps(cut_steps(after[-1][1]))])
+    if locality(program)[0] == "matrix":
+        return "\n".join(told)
     phases = cut(after[-1][1])
     for number, phase in enumerate(phases.phases):
-        scalars = [f"s{i} = {expression(phases.program, n)}\n" for i, n in enumerate(phase.scalars)]
-        told.append(f"--- phase {number}\n{''.join(scalars)}{to_text(phase.body)}")
+        given = [f"s{i} = {expression(phases.program, n)}\n" for i, n in enumerate(phase.scalars)]
+        for i, vector in enumerate(phase.vectors):
+            what = f"anchors of {expression(phases.program, vector.number)}"
+            given.append(f"v{i} = {what if vector.anchors else expression(phases.program, vector.number)}\n")
+        told.append(f"--- phase {number}\n{''.join(given)}{to_text(phase.body)}")
     return "\n".join(told)
 
 
@@ -137,23 +151,18 @@ def _whole(steps: Steps, step: Product | Turn) -> str:
 
 
 def _code(rule: Rule, stage: str, hypers: Mapping[str, object]) -> str:
+    """Of every pass over memory; products are torch's."""
     program = program_of(rule)
+    truths = compile_truths(program)(complete(rule, hypers))
+    declared = [(array.name, array.dtype or COMPUTE) for state in program.states for array in stored_arrays(state)]
+    stored = [("param", COMPUTE), ("grad", COMPUTE), *declared]
     if runs_in_steps(program):
-        after = stages(program, truths(program, complete(rule, hypers)), COMPUTE)
-        return _code_of_steps(cut_steps(after[-1][1]), stage)
-    phases = compile_phases(program, truths(program, complete(rule, hypers)), COMPUTE)
-    declared = ((state.name, stored_dtype(state) or COMPUTE) for state in program.states)
-    stored = (("param", COMPUTE), ("grad", COMPUTE), *declared)
-    return "\n".join(_MAKE[stage](phase, Binding(COMPUTE, stored)) for phase in phases.phases)
-
-
-def _code_of_steps(steps: Steps, stage: str) -> str:
-    """Of the passes; products are torch's."""
-    arrays = [("param", COMPUTE), ("grad", COMPUTE)]
-    arrays += [(state.name, stored_dtype(state) or COMPUTE) for state in steps.program.states]
-    arrays += [(b.name, torch.bfloat16 if b.narrow else COMPUTE) for b in steps.buffers.values()]
-    sweeps = [step for step in (*steps.head, *steps.middle, *steps.tail) if isinstance(step, Sweep)]
-    return "\n".join(_MAKE[stage](sweep.phase, Binding(COMPUTE, tuple(arrays))) for sweep in sweeps)
+        steps = cut_steps(stages(program, truths, COMPUTE)[-1][1])
+        stored += [(b.name, torch.bfloat16 if b.narrow else COMPUTE) for b in steps.buffers.values()]
+        phases = [step.phase for step in steps.all if isinstance(step, Sweep)]
+    else:
+        phases = list(compile_phases(program, truths, COMPUTE).phases)
+    return "\n".join(_MAKE[stage](phase, Binding(COMPUTE, tuple(stored))) for phase in phases)
 
 
 _MAKE: Final = {"llvm": llvm.to_llvm, "asm": llvm.to_assembly, "triton": triton.source}
@@ -165,10 +174,10 @@ def _instruction(line: Line, lines: list[Line]) -> str:
     return f"{line.operation} {line.name}" if line.name else f"{line.operation}({arguments})"
 
 
-def _culprit(lines: list[Line], source: str) -> str:
+def _culprit(lines: list[Line], source: str) -> str | None:
     bad = first_non_finite(lines)
     if bad is None:
-        return "every value is finite"
+        return None
     if bad.operation in ("load", "hyper"):
         return f"the first value that is not finite is given: {bad.name} = {bad.value!r}"
     where = f"line {bad.place.line}: {linecache.getline(source, bad.place.line).strip()}" if bad.place else "the rule"

@@ -96,20 +96,26 @@ def _is_that(definition: ast.FunctionDef, code: types.CodeType) -> bool:
     bare = cast(ast.FunctionDef, ast.parse("def around(): pass").body[0])
     inner = ast.FunctionDef(**{**vars(definition), "decorator_list": [], "returns": None})
     bare.args.args = [ast.arg(name, lineno=1, col_offset=0) for name in code.co_freevars]
-    bare.body = [inner] if definition.name in code.co_freevars else [ast.Global([definition.name]), inner]
+    outside = ast.Global([definition.name], lineno=1, col_offset=0)
+    bare.body = [inner] if definition.name in code.co_freevars else [outside, inner]
     flags = code.co_flags & _FUTURES
     try:
-        module = ast.fix_missing_locations(ast.Module([bare], []))
-        compiled = compile(module, code.co_filename, "exec", flags=flags, dont_inherit=True)
+        compiled = compile(ast.Module([bare], []), code.co_filename, "exec", flags=flags, dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
-    return any(_facts(found) == _facts(code) for found in _codes(compiled))
+    return any(_bytes(found) == _bytes(code) or _facts(found) == _facts(code) for found in _codes(compiled))
 
 
 def _codes(code: types.CodeType) -> list[types.CodeType]:
     """The functions defined in the function that is defined in ``code``."""
     outer = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
     return [inner for found in outer for inner in found.co_consts if isinstance(inner, types.CodeType)]
+
+
+def _bytes(code: types.CodeType) -> tuple[object, ...]:
+    """What a function does, as it is encoded: the usual case, and the cheap one."""
+    names = code.co_name, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars
+    return *names, code.co_code, repr(code.co_consts)
 
 
 def _facts(code: types.CodeType) -> list[object]:

@@ -197,8 +197,8 @@ class Function:
 
 def children(node: Node) -> Iterator[Node]:
     """The nodes directly inside, in the order written."""
-    for field in fields(node):
-        yield from _nodes(getattr(node, field.name))
+    for name in node.__match_args__:
+        yield from _nodes(getattr(node, name))
 
 
 def _nodes(value: object) -> Iterator[Node]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from shardstep.errors import ConfigError
 from shardstep.rules import ir
 from shardstep.rules.backends.evaluation import Evaluation, exactly
-from shardstep.rules.binding import stored_dtype
+from shardstep.rules.binding import CODED, stored_arrays
 
 Number = float | bool | int
 
@@ -87,7 +87,9 @@ def _check_given(program: ir.Program, given: Mapping[str, Mapping[str, object]])
 
 
 def _array(program: ir.Program, name: str, value: float, compute: torch.dtype) -> Tensor:
-    stored = next((stored_dtype(state) for state in program.states if state.name == name), None)
+    # What 8 bits keep of an element depends on 255 others: it is shown as it was before.
+    dtypes = [stored_arrays(state)[0].dtype for state in program.states if state.name == name]
+    stored = next((dtype for dtype in dtypes if dtype not in CODED), None)
     return torch.tensor([[value]], dtype=stored or compute)
 
 

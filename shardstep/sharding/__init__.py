@@ -6,6 +6,7 @@
     step       what optimizer.step() runs on               buffers    BatchNorm and the like
     batches    which samples are micro-batch k             agreement  do all ranks do the same?
     whole      gathered, state dicts, digest               memory, formula  bytes counted, bytes foretold
+    averages   where averages of parameters lie            statistics  BatchNorm's, over the ranks' micro-batches
 
 This room never mentions a particular optimizer.
 """

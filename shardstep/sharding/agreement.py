@@ -20,6 +20,10 @@ class Act(IntEnum):
     BACKWARD = 1
     STEP = 2
     READ_WHOLE = 3
+    ADD_PARAMETERS = 4
+    UNSCALE = 5
+    SWAP = 6
+    STATISTICS = 7
 
 
 _SENTENCES = {
@@ -27,6 +31,10 @@ _SENTENCES = {
     Act.BACKWARD: "begins a backward pass",
     Act.STEP: "calls optimizer.step()",
     Act.READ_WHOLE: "gathers whole parameters or states",
+    Act.UNSCALE: "unscales gradients",
+    Act.ADD_PARAMETERS: "adds parameters to the optimizer",
+    Act.SWAP: "enters or leaves 'with average.applied():'",
+    Act.STATISTICS: "runs another micro-batch of average.update_bn()",
 }
 
 
@@ -38,14 +46,14 @@ class Agreement:
     """The announcements that this rank has sent and not yet compared; each may carry ``flags`` flags."""
 
     def __init__(self, group: Group, flags: int) -> None:
-        self._group, self._flags = group, flags
+        self._group, self.flags = group, flags
         self._sent: list[Announcement] = []
 
     def announce(self, act: Act, step: int, leaves: int, flags: Sequence[bool] = ()) -> None:
         """Tell the other ranks; ``leaves`` counts this rank's finished backward passes of the step."""
         if self._group.size > 1:
             label = f"agreement to {act.name.lower().replace('_', ' ')} at step {step}"
-            words = _packed([*flags, *[False] * (self._flags - len(flags))])
+            words = _packed([*flags, *[False] * (self.flags - len(flags))])
             self._sent.append(self._group.announce([act, step, leaves, *words], label=label))
 
     def confirm(self) -> list[bool] | None:
@@ -59,7 +67,7 @@ class Agreement:
             if any(row[:3] != rows[0][:3] for row in rows):
                 self._sent.clear()
                 raise RankMismatchError(_mismatch(rows))
-            flags = [any(column) for column in zip(*(_unpacked(row[3:], self._flags) for row in rows), strict=True)]
+            flags = [any(column) for column in zip(*(_unpacked(row[3:], self.flags) for row in rows), strict=True)]
         return flags
 
 

@@ -19,7 +19,7 @@ class Attached:
             (module, key, f"{name}.{key}" if name else key, parameter, spaces[id(parameter)])
             for name, module in model.named_modules()
             for key, parameter in module._parameters.items()
-            if parameter is not None
+            if parameter is not None and id(parameter) in spaces
         ]
 
     def check(self) -> None:

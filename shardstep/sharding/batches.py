@@ -113,11 +113,17 @@ def _epoch_order(samples: int, seed: int, epoch: int) -> torch.Tensor:
 
 
 def micro_batches(
-    dataset: MapDataset, plan: BatchPlan, steps: range, collate: Collate | None, leaf_hint: Callable[[int], None]
+    dataset: MapDataset,
+    plan: BatchPlan,
+    steps: range,
+    collate: Collate | None,
+    leaf_hint: Callable[[int], None],
+    seeds: Sequence[torch.Tensor] = (),
 ) -> Iterator[MicroBatch]:
     """This rank's micro-batches, with the random generators seeded for each.
 
-    ``leaf_hint`` is told, at every step's start, how many micro-batches this rank will run.
+    ``leaf_hint`` is told, at every step's start, how many micro-batches this rank will run. ``seeds``: states of other
+    generators, of integers, that follow torch's.
     """
     collate = collate or default_collate
     own = plan.own_indices()
@@ -126,6 +132,9 @@ def micro_batches(
         for index in own:
             batch = collate([dataset[i] for i in plan.sample_indices(step, index)])
             seed_everything(plan.seed, step, index)
+            for state in seeds:
+                with torch.no_grad():
+                    state.copy_(torch.randint(2**31, state.shape))
             yield MicroBatch(batch, step, index, last=index == own[-1])
 
 

@@ -10,13 +10,11 @@ import math
 import torch
 from torch import Tensor
 
+from shardstep.block_sums import block_sums
 from shardstep.collectives import Group
 from shardstep.errors import NonFiniteGradientError
 from shardstep.sharding.space import Space
 from shardstep.types import BLOCK_NUMEL
-
-_TILE_BLOCKS = 64
-"""Blocks squared at a time: the float64 scratch stays in the cache."""
 
 
 def global_norm(runs: list[tuple[Space, Tensor]], group: Group, step: int) -> float:
@@ -32,19 +30,6 @@ def global_norm(runs: list[tuple[Space, Tensor]], group: Group, step: int) -> fl
     if not math.isfinite(norm):
         raise NonFiniteGradientError(_first_non_finite(runs, group, step, norm))
     return norm
-
-
-def block_sums(values: Tensor) -> Tensor:
-    """The sum of squares of each block, float64; halves are added to halves, so every row is summed alike."""
-    blocks = values.view(-1, BLOCK_NUMEL)
-    sums = torch.empty(blocks.shape[0], dtype=torch.float64, device=values.device)
-    for start in range(0, blocks.shape[0], _TILE_BLOCKS):
-        squares = blocks[start : start + _TILE_BLOCKS].double().square()
-        while squares.shape[1] > 1:
-            half = squares.shape[1] // 2
-            squares = squares[:, :half] + squares[:, half:]
-        sums[start : start + _TILE_BLOCKS] = squares[:, 0]
-    return sums
 
 
 def clip_coefficient(norm: float, clip_norm: float) -> float:

@@ -15,30 +15,33 @@ from torch import Tensor
 
 from shardstep.config import Precision, Schedule, Stage
 from shardstep.layout import Layout
+from shardstep.rules.binding import stored_arrays
 from shardstep.sharding.hooks import begins_backward
 from shardstep.sharding.memory import Bytes, Ledger
 from shardstep.sharding.ownership import moving_bytes, places
 from shardstep.sharding.reduce import Home, Partial, Tree
+from shardstep.sharding.tensor_states import States, dtype_of, in_all, in_some, kept_numel
 
 
 @dataclass(frozen=True)
 class SpaceSize:
-    """What the formula needs to know of a space. ``states``: what each state of its rule is stored in (None: the
-    master's dtype). ``moved``: for a rule with matrix products, the bytes of an element of
-    each tensor that go to its owner and come back.
+    """What the formula needs to know of a space. ``moved``: for a rule with matrix products, the bytes of an element of
+    each tensor that go to its owner and that come back.
     """
 
     layout: Layout
     precision: Precision
     trained: bool
     stage: Stage
-    states: tuple[torch.dtype | None, ...]
+    states: States
     moved: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class Formula:
-    """``units`` holds the spaces of each unit in declared order, the root first."""
+    """``units`` holds the spaces of each unit in declared order, the root first. ``averages``: how many are kept of the
+    parameters.
+    """
 
     units: list[list[SpaceSize]]
     world_size: int
@@ -46,10 +49,7 @@ class Formula:
     prefetch: int
     schedule: Schedule
     rank: int
-
-    def of(self, own_leaves: int) -> "Formula":
-        """The same for another number of micro-batches a step on each rank."""
-        return replace(self, own_leaves=own_leaves)
+    averages: int = 0
 
     def unsharded(self) -> "Formula":
         """The same training on one rank, at stage 0."""
@@ -100,14 +100,22 @@ class Formula:
         return held + root + max(windows, default=0)
 
     def _state(self) -> int:
-        """The rule's states and, for low-precision parameters, the master."""
-        return sum(self._owned(space) * self._state_bytes(space) for space in self._trained())
+        """The rule's states, the averages and, for low-precision parameters, the master."""
+        return sum(self._state_bytes(space) for space in self._trained())
 
     def _state_bytes(self, space: SpaceSize) -> int:
-        """Of one element."""
-        precision = space.precision
-        kept = [None] if precision.master != precision.params else []
-        return sum((dtype or precision.master).itemsize for dtype in (*space.states, *kept))
+        master, owned = space.precision.master, self._owned(space)
+        kept = owned * master.itemsize * (self.averages + (master != space.precision.params))
+        arrays = [(declared, array) for declared in in_all(space.states) for array in stored_arrays(declared)]
+        kept += sum(owned // a.per * (a.dtype or dtype_of(declared, master)).itemsize for declared, a in arrays)
+        first = self.rank * owned if space.stage.shard_state else 0
+        by_tensor = sum(
+            kept_numel(declared, slot, slice(first, first + owned)) * dtype_of(declared, master).itemsize
+            for declared in in_some(space.states)
+            for slot, states in zip(space.layout.slots, space.states, strict=True)
+            if declared in states
+        )
+        return kept + by_tensor
 
     def _gradients(self) -> int:
         """Kept leaves, partial sums, and what is in flight, followed through the events of one step."""

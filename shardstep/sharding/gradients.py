@@ -4,13 +4,14 @@ A leaf is filled as autograd delivers gradients. When the last one of a space is
 their owners while backward goes on with the next unit; the exchanges of one unit are on their way at a time, and
 are added to the owner's tree before those of the next begin. Exchanges begin in one order on all ranks, from the
 last unit to the first and the root's at the end: a leaf that is complete before its turn waits, so that ranks which
-use different parameters do not wait for one another in a circle. Under the schedule per step, leaves are first summed
-locally.
+use different parameters do not wait for one another in a circle. Under the schedule per step, leaves are first
+summed locally.
 Nothing here knows about modules or optimizers.
 """
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from shardstep.collectives import Group, Pending
@@ -20,6 +21,7 @@ from shardstep.sharding.agreement import Act, Agreement
 from shardstep.sharding.memory import Ledger
 from shardstep.sharding.reduce import Partial
 from shardstep.sharding.space import Space
+from shardstep.sharding.stand_in import StandIn
 
 
 @dataclass
@@ -46,14 +48,25 @@ class Gradients:
         self.most_leaves = 0
         """The most backward passes that this rank has made in one step."""
         self.in_backward = False
+        self.unscaling = 1.0
+        """What this step's gradients are multiplied by because the loss was scaled."""
+        self._infinite: bool | None = None
         self._spent = False
-        self._spaces, self._group, self._ledger, self._agreement = spaces, group, ledger, agreement
+        self._group, self._ledger, self._agreement = group, ledger, agreement
         self._expected_leaves: int | None = None
         self._open: set[int] = set()
-        root = [space for space in spaces if not space.unit_name]
-        self._turns = [*reversed(spaces[len(root) :]), *root]
         self._turn = 0
         self._flights: list[_Flight] = []
+        self.collect(spaces)
+
+    def collect(self, spaces: list[Space]) -> None:
+        """Collect the gradients of these spaces from the next step on; the root's come first among them."""
+        for space in spaces:
+            names = [slot.name for slot in space.layout.slots]
+            pairs = zip(space.parameters, names, strict=True)
+            space.stand_ins = [StandIn(parameter, name, self.unscale) for parameter, name in pairs]
+        root = [space for space in spaces if not space.unit_name]
+        self._spaces, self._turns = spaces, [*reversed(spaces[len(root) :]), *root]
 
     def expect(self, leaves: int) -> None:
         """This rank's leaves of the step that begins: the schedule per step then sends with the last one."""
@@ -66,6 +79,13 @@ class Gradients:
                 "expected optimizer.zero_grad() between optimizer.step() and the next backward(): the step has used "
                 "up the gradients, and nothing can be added to them"
             )
+        if self._infinite is not None:
+            raise SequenceError(
+                "expected optimizer.step() or optimizer.zero_grad() after the gradients were unscaled, got another "
+                "backward(): its gradients would be added to those without the scale"
+            )
+        for space in self._spaces:
+            space.withdraw_stand_ins()
         self._agreement.announce(Act.BACKWARD, self.step, self.leaves)
         self._open, self._turn = {space.tag for space in self._spaces}, 0
         self.in_backward = True
@@ -101,6 +121,19 @@ class Gradients:
         self._land()
         self._ledger.drop_spare()
 
+    def unscale(self, factor: float) -> bool:
+        """Have the step multiply its gradients by ``factor``; whether any is infinite or NaN anywhere. Collective."""
+        if self._infinite is None:
+            self._agreement.announce(Act.UNSCALE, self.step, self.leaves)
+            self._agreement.confirm()
+            self.check_complete_subtrees()
+            self.finish()
+            own = not all(bool(torch.isfinite(space.tree.total().values).all()) for space in self._spaces)
+            self._agreement.announce(Act.UNSCALE, self.step, self.leaves, [own])
+            flags = self._agreement.confirm()
+            self.unscaling, self._infinite = factor, own if flags is None else flags[0]
+        return self._infinite
+
     def discard(self) -> None:
         """Forget all leaves, and allow the next backward pass."""
         self._agreement.confirm()
@@ -109,6 +142,7 @@ class Gradients:
         for space in self._spaces:
             space.drop_gradients()
         self.leaves, self._expected_leaves, self._spent = 0, None, False
+        self.unscaling, self._infinite = 1.0, None
 
     def spend(self) -> None:
         """The step is done: its gradients are gone, and the next backward pass needs ``discard`` first."""

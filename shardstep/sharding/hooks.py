@@ -52,9 +52,14 @@ class Hooks:
         unit.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
         unit.module.register_forward_hook(after, always_call=True)
         for space in unit.spaces:
-            for index, parameter in enumerate(space.parameters if space.trained else []):
-                hooked: Any = parameter  # torch leaves this untyped
-                hooked.register_post_accumulate_grad_hook(self._arrival(order, space, index))
+            for index in range(len(space.parameters) if space.trained else 0):
+                self.await_gradient(space, index)
+
+    def await_gradient(self, space: Space, index: int) -> None:
+        """Collect what autograd accumulates for a parameter from now on."""
+        order = next(order for order, unit in enumerate(self._units) if space in unit.spaces)
+        hooked: Any = space.parameters[index]  # torch leaves this untyped
+        hooked.register_post_accumulate_grad_hook(self._arrival(order, space, index))
 
     # - forward
 

@@ -27,7 +27,7 @@ _NEVER_TRIM_BYTES = 2**31 - 1
 
 @dataclass(frozen=True)
 class Bytes:
-    """Bytes on one rank, by what they hold. Low-precision parameters count their master under ``state``."""
+    """Bytes on one rank, by what they hold. Masters of low-precision parameters and averages count as ``state``."""
 
     parameters: int
     gradients: int

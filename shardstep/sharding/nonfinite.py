@@ -10,8 +10,9 @@ import torch
 from shardstep.collectives import Group
 from shardstep.errors import NonFiniteUpdateError
 from shardstep.optim import Combined, Optimizer
+from shardstep.rules.backends.dynamic8 import decoded_states
 from shardstep.sharding.space import Space
-from shardstep.types import Segment
+from shardstep.types import SCALED_NUMEL, Segment
 
 
 class NonFiniteTrace:
@@ -52,12 +53,14 @@ class NonFiniteTrace:
 
     def _search(self, space: Space, before: Segment, after: Segment) -> str | None:
         bad = ~torch.isfinite(after.param)
-        for values in after.state.values():
+        for values in decoded_states(after.state).values():
             bad |= ~torch.isfinite(values)
-        places = torch.nonzero(bad)
-        if not len(places):
+        places = torch.nonzero(bad).flatten()[:SCALED_NUMEL].tolist()
+        if not places:
             return None
-        index = int(places[0])
+        # In 8 bits, an infinity takes with it all that share its scale: look for the one that the rule made.
+        told = ((index, self._optimizer.explain(before, index)) for index in places)
+        index, line = next((pair for pair in told if pair[1]), (places[0], "every value is finite"))
         slot = space.layout.slot_at(before.offset + index)
         element = before.offset + index - slot.offset
-        return f"parameter {slot.name!r}, element {element}; {self._optimizer.explain(before, index)}"
+        return f"parameter {slot.name!r}, element {element}; {line}"

@@ -11,7 +11,6 @@ Nothing here knows what the values mean.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import prod
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch import Tensor
 from shardstep.collectives import Group
 from shardstep.config import Stage
 from shardstep.layout import Layout
+from shardstep.rules.view import view_of
 from shardstep.sharding.memory import Ledger
 from shardstep.types import Whole
 
@@ -69,8 +69,8 @@ def owners(costs: Sequence[int], world_size: int) -> list[int]:
 
 def _cost(shape: tuple[int, ...]) -> int:
     """What the products of a matrix take, in some unit."""
-    rows, columns = (shape[0] if shape else 1), prod(shape[1:])
-    return rows * columns * min(rows, columns)
+    batch, rows, columns = view_of(shape)
+    return batch * rows * columns * min(rows, columns)
 
 
 def _place(layout: Layout, stage: Stage, index: int, owner: int, world_size: int) -> Place:

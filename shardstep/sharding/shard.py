@@ -4,8 +4,9 @@ Checks what it is given, cuts the model into units, and puts the parts of the en
 the optimizer stay the objects that they were.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -15,18 +16,22 @@ from shardstep.config import Precision, Schedule, StageChoice, UnitChoice, check
 from shardstep.errors import ConfigError, OwnershipError, RankMismatchError
 from shardstep.layout import fingerprint
 from shardstep.optim import Combined, Optimizer
-from shardstep.rules.binding import stored_dtype
+from shardstep.optim.unruled import refusal
 from shardstep.sharding.agreement import Agreement
 from shardstep.sharding.attached import Attached
 from shardstep.sharding.batches import BatchPlan, Collate, MapDataset, MicroBatch, micro_batches
 from shardstep.sharding.buffers import Buffers
+from shardstep.sharding.clip import clip_coefficient
 from shardstep.sharding.formula import Formula, SpaceSize
 from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.hooks import Hooks
 from shardstep.sharding.memory import Bytes, Ledger
+from shardstep.sharding.modules import check_built, named_modules, seeds
 from shardstep.sharding.nonfinite import NonFiniteTrace
 from shardstep.sharding.space import Space
 from shardstep.sharding.step import Step
+from shardstep.sharding.tensor_states import States
+from shardstep.sharding.unfreezing import Unfreezing
 from shardstep.sharding.unit import Unit
 from shardstep.sharding.units import UnitPlan, plan_units
 from shardstep.sharding.whole import ATTRIBUTE, Whole
@@ -45,8 +50,16 @@ class Sharded:
     """The handle of a sharded model and its optimizer."""
 
     def __init__(
-        self, units: list[Unit], group: Group, ledger: Ledger, gradients: Gradients, step: Step, formula: Formula
+        self,
+        units: list[Unit],
+        group: Group,
+        ledger: Ledger,
+        gradients: Gradients,
+        step: Step,
+        formula: Callable[[int], Formula],
+        seeds: list[nn.Parameter],
     ) -> None:
+        self._seeds = seeds
         self._units, self._group, self._ledger = units, group, ledger
         self._gradients, self._step, self._formula = gradients, step, formula
 
@@ -85,12 +98,13 @@ class Sharded:
 
     def step_bytes(self, own_leaves: int = 1) -> int:
         """Bytes that this rank sends in a step of ``own_leaves`` micro-batches on each rank, by the formula."""
-        return self._formula.of(own_leaves).traffic()
+        return self._formula(own_leaves).traffic()
 
     @property
     def bytes(self) -> ByteReport:
-        """Parameters, gradients and optimizer state in the engine's own buffers."""
-        formula = self._formula.of(max(1, self._gradients.most_leaves))
+        """Parameters, gradients and optimizer state (averages are counted with it) in the engine's own buffers."""
+        averages = max(len(space.averages) for unit in self._units for space in unit.spaces)
+        formula = replace(self._formula(max(1, self._gradients.most_leaves)), averages=averages)
         return ByteReport(self._ledger.peak, formula.peak(), formula.unsharded().peak())
 
     def micro_batches(
@@ -110,7 +124,9 @@ class Sharded:
         generators are seeded for each (seed, step, micro-batch), so nothing depends on the world size.
         """
         plan = BatchPlan(len(dataset), global_batch, micro_batch, seed, self.rank, self.world_size, self.schedule)
-        return micro_batches(dataset, plan, plan.steps(epochs, start_step), collate, self._gradients.expect)
+        return micro_batches(
+            dataset, plan, plan.steps(epochs, start_step), collate, self._gradients.expect, self._seeds
+        )
 
 
 def shard(
@@ -147,40 +163,46 @@ def shard(
     schedule_ = checked_schedule(schedule, {plan.name: plan.stage for plan in plans})
     ranks = Group(group)
     buffers = Buffers(model, ranks)
-    _check_equal_on_all_ranks(_described(plans, buffers, schedule_, clip_norm, trace_nonfinite), ranks)
+    _check_equal_on_all_ranks(
+        _described(plans, buffers, schedule_, clip_norm, optimizer.clip is not None, trace_nonfinite), ranks
+    )
 
     ledger = Ledger(device)
     buffers.follow_rank_0()
     built = _build(plans, ranks, ledger)
     trained = [space for unit in built for space in unit.spaces if space.trained]
     for space in trained:
-        space.make_state(optimizer.flat_states_of(space.parameters[0]))
+        space.make_state(_states(space, optimizer))
     flags = sum(len(space.parameters) for space in trained) + len(buffers.owners)
     agreement = Agreement(ranks, flags)
     gradients = Gradients(trained, ranks, ledger, schedule_, agreement)
     trace = NonFiniteTrace(optimizer, ranks) if trace_nonfinite else None
-    step = Step(optimizer, trained, gradients, agreement, buffers, clip_norm, trace, ranks, ledger)
-    Hooks(built, gradients, agreement, Attached(model, built), prefetch, precision.params if precision else None)
+    clip = optimizer.clip if clip_norm is None else partial(clip_coefficient, clip_norm=clip_norm)
+    input_dtype = precision.params if precision else None
+    hooks = Hooks(built, gradients, agreement, Attached(model, built), prefetch, input_dtype)
+    unfreezing = Unfreezing(built, gradients, agreement, hooks, ranks)
+    step = Step(optimizer, trained, gradients, agreement, buffers, clip, trace, unfreezing, ranks, ledger)
     whole = Whole(model, built, gradients, agreement, ranks)
-    for module in model.modules():
+    for _, module in named_modules(model):
         setattr(module, ATTRIBUTE, whole)
     optimizer.attach(step)
-    sizes = [[_size(space, optimizer) for space in unit.spaces] for unit in built]
-    formula = Formula(sizes, ranks.size, 1, prefetch, schedule_, ranks.rank)
-    return Sharded(built, ranks, ledger, gradients, step, formula)
+
+    def formula(own_leaves: int) -> Formula:
+        sizes = [[_size(space, optimizer) for space in unit.spaces] for unit in built]
+        return Formula(sizes, ranks.size, own_leaves, prefetch, schedule_, ranks.rank)
+
+    return Sharded(built, ranks, ledger, gradients, step, formula, seeds(model))
+
+
+def _states(space: Space, optimizer: Optimizer | Combined) -> States:
+    """Those of each parameter of a space."""
+    return [optimizer.states_of(parameter) for parameter in space.parameters]
 
 
 def _size(space: Space, optimizer: Optimizer | Combined) -> SpaceSize:
-    states = tuple(stored_dtype(declared) for declared in space.declared)
     moved = [optimizer.moved_bytes(p, space.precision.master) for p in space.parameters] if space.trained else []
-    return SpaceSize(
-        space.layout,
-        space.precision,
-        space.trained,
-        space.stage,
-        states,
-        tuple(own for own in moved if own is not None),
-    )
+    travelling = tuple(own for own in moved if own is not None)
+    return SpaceSize(space.layout, space.precision, space.trained, space.stage, _states(space, optimizer), travelling)
 
 
 def _build(plans: list[UnitPlan], group: Group, ledger: Ledger) -> list[Unit]:
@@ -204,23 +226,26 @@ def _check_arguments(
     prefetch: int,
 ) -> None:
     if not isinstance(optimizer, Optimizer | Combined):
-        raise ConfigError(
-            f"expected an optimizer of shardstep.optim, whose rule can run on shards, got "
-            f"{type(optimizer).__module__}.{type(optimizer).__name__}; use shardstep.optim.AdamW(...)"
-        )
+        raise ConfigError(refusal(optimizer))
     if getattr(model, ATTRIBUTE, None) is not None:
         raise ConfigError("expected a model that is not sharded yet, but shard() was already called on this one")
-    if any(getattr(module, ATTRIBUTE, None) is not None for module in model.modules()):
+    if any(getattr(module, ATTRIBUTE, None) is not None for _, module in named_modules(model)):
         raise ConfigError("expected a model that is not sharded yet, but shard() was already called on a part of it")
     optimizer.check_shardable()
     if optimizer.attached:
         raise ConfigError("expected an optimizer that is not sharded yet, got one that is; make one for this model")
     if not any(True for _ in model.parameters()):
         raise ConfigError(f"expected a model with parameters, but {type(model).__name__} has none; nothing to shard")
+    check_built(model)
     if precision is not None and not isinstance(precision, Precision):
         raise ConfigError(f"expected precision to be a shardstep.Precision or None, got {precision!r}")
     if clip_norm is not None and not (isinstance(clip_norm, int | float) and clip_norm > 0):
         raise ConfigError(f"expected clip_norm to be a positive number or None, got {clip_norm!r}")
+    if clip_norm is not None and optimizer.clip is not None:
+        raise ConfigError(
+            f"expected one clipping by the global norm, got clip_norm={clip_norm!r} and an optimizer that clips by it "
+            f"too; leave one out"
+        )
     if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
         raise ConfigError(f"expected prefetch to be 0 or a positive number of units, got {prefetch!r}")
 
@@ -259,7 +284,12 @@ def _check_ownership(model: nn.Module, optimizer: Optimizer | Combined) -> None:
 
 
 def _described(
-    plans: list[UnitPlan], buffers: Buffers, schedule: str, clip_norm: float | None, trace_nonfinite: bool
+    plans: list[UnitPlan],
+    buffers: Buffers,
+    schedule: str,
+    clip_norm: float | None,
+    clips: bool,
+    trace_nonfinite: bool,
 ) -> dict[str, str | float | None]:
     """What must be the same everywhere, by the name that a message gives it."""
     return {
@@ -269,6 +299,7 @@ def _described(
         "precision": ", ".join(sorted({str(space.precision) for plan in plans for space in plan.spaces})),
         "schedule": schedule,
         "clip_norm": clip_norm,
+        "clipping by the optimizer": clips,
         "trace_nonfinite": trace_nonfinite,
     }
 

@@ -5,7 +5,10 @@
     shard    shard numel    this rank's run of the parameters; a view of ``flat`` below stage 3.
     values   owned numel    what the rule's result is written to: ``flat`` at stage 0, else ``shard``.
     master   owned numel    what the rule updates: ``values`` itself, or a wider copy of it.
-    state    owned numel    one buffer per named state of the rule, in its declared dtype or the master's.
+    state    owned numel    one buffer per named state of the rule, in its declared dtype or the master's; scales of
+                            8-bit states have one entry for each 256 elements;
+                            what is kept tensor by tensor is in `tensor_states`.
+    averages owned numel    one buffer per `shardstep.Average` of the model, in the master's dtype.
     leaf     padded numel   the gradient of the current micro-batch; kept between steps below stage 2.
     tree     shard numel    partial sums of all ranks' leaves over this rank's run.
     local    padded numel   partial sums of this rank's own leaves (schedule per step).
@@ -18,12 +21,16 @@ from torch import Tensor, nn
 
 from shardstep.collectives import Group, Pending
 from shardstep.config import Precision, Stage
-from shardstep.layout import Layout
-from shardstep.rules.binding import stored_dtype
+from shardstep.layout import Layout, Slot
+from shardstep.optim.states import begin
+from shardstep.rules.binding import scales_among, stored_arrays
 from shardstep.rules.ir import State
 from shardstep.sharding.freed import FreedParameter
 from shardstep.sharding.memory import Ledger
 from shardstep.sharding.reduce import Tree
+from shardstep.sharding.stand_in import StandIn
+from shardstep.sharding.tensor_states import States, TensorStates, in_all, in_some
+from shardstep.types import SCALED_NUMEL
 
 
 class Space:
@@ -50,6 +57,7 @@ class Space:
         self.tree = Tree(ledger, precision.master)
         self.local = Tree(ledger, precision.master)
         self.state: dict[str, Tensor] = {}
+        self.averages: list[Tensor] = []
         self.declared: tuple[State, ...] = ()
         """The states in ``state``."""
         self.is_whole = True
@@ -61,7 +69,10 @@ class Space:
         self._leaf: Tensor | None = None
         self._kept_leaf: Tensor | None = None
         self._written: set[int] = set()
+        self.stand_ins: list[StandIn] = []
+        """For each parameter, its ``.grad`` from backward to step; empty while nothing is trained."""
         self._place(stage, precision)
+        self.by_tensor = self._tensor_states([()] * len(parameters))
 
     def _place(self, stage: Stage, precision: Precision) -> None:
         """Move the parameters into the flat space, as rank 0 has them, and keep what this rank owns."""
@@ -78,15 +89,25 @@ class Space:
             self.shard = take("parameters", self.shard_numel, precision.params).copy_(self.shard)
         self.values = self.shard if stage.shard_state else self.flat
         self.master = self.values
-        if self.trained and precision.master != precision.params:
-            owned_numel = self.values.numel()
-            self.master = take("state", owned_numel, precision.master).copy_(whole[self.owned])
-        if self.trained and not stage.shard_grads:
-            self._kept_leaf = take("gradients", self.padded_numel, precision.reduce).zero_()
+        if self.trained:
+            self._begin_training(whole[self.owned])
         for slot, parameter in zip(self.layout.slots, self.parameters, strict=True):
             parameter.data = self.flat[slot.offset : slot.end].view(slot.shape)
             parameter.grad = None
         self.free()
+
+    def train(self) -> None:
+        """Train parameters that were frozen so far; the master starts from what is stored."""
+        self.trained = True
+        self._begin_training(self.values)
+
+    def _begin_training(self, first: Tensor) -> None:
+        """Make what an update needs; ``first`` are the master's first values."""
+        precision, take = self.precision, self._ledger.take
+        if precision.master != precision.params:
+            self.master = take("state", self.values.numel(), precision.master).copy_(first)
+        if not self.stage.shard_grads:
+            self._kept_leaf = take("gradients", self.padded_numel, precision.reduce).zero_()
 
     @property
     def where(self) -> str:
@@ -159,9 +180,10 @@ class Space:
         """Move parameter ``index``'s ``.grad`` into the leaf; True when that was the last one missing."""
         parameter, slot = self.parameters[index], self.layout.slots[index]
         leaf = self._open_leaf()
-        assert parameter.grad is not None
-        leaf[slot.offset : slot.end].view(slot.shape).copy_(parameter.grad)
-        parameter.grad = None
+        grad = parameter.grad
+        assert grad is not None
+        leaf[slot.offset : slot.end].view(slot.shape).copy_(grad.hand_over() if isinstance(grad, StandIn) else grad)
+        parameter.grad = self.stand_ins[index]
         self._written.add(index)
         return len(self._written) == len(self.parameters)
 
@@ -200,30 +222,76 @@ class Space:
         self.touched.clear()
         self.tree.clear()
         self.local.clear()
-        for parameter in self.parameters:
-            parameter.grad = None
+        with torch._C.DisableTorchFunctionSubclass():  # or freed parameters would look at each access
+            for parameter, stand_in in zip(self.parameters, self.stand_ins, strict=True):
+                parameter.grad = stand_in.arrived = None
+
+    def withdraw_stand_ins(self) -> None:
+        """Let autograd begin new gradients, but for what has arrived already."""
+        with torch._C.DisableTorchFunctionSubclass():
+            for parameter, stand_in in zip(self.parameters, self.stand_ins, strict=True):
+                if parameter.grad is stand_in and stand_in.arrived is None:
+                    parameter.grad = None
 
     # - optimizer state
 
-    def make_state(self, states: tuple[State, ...]) -> None:
-        """Allocate and start the states of the rule over what this rank owns."""
-        self.declared = states
-        for declared in states:
-            dtype = stored_dtype(declared) or self.precision.master
-            self.state[declared.name] = self._ledger.take("state", self.master.numel(), dtype)
-            self.start_state(declared)
+    def make_state(self, states: States) -> None:
+        """Allocate and start those states of each parameter that are not there yet, over what this rank owns."""
+        self.declared = in_all(states)
+        for declared in self.declared:
+            if declared.name not in self.state:
+                for array in stored_arrays(declared):
+                    numel, dtype = self.master.numel() // array.per, array.dtype or self.precision.master
+                    self.state[array.name] = self._ledger.take("state", numel, dtype)
+                self.start_state(declared)
+        if self.by_tensor.declared != in_some(states):
+            before, self.by_tensor = self.by_tensor, self._tensor_states(states)
+            self.by_tensor.take_over(before)
+
+    def _tensor_states(self, states: States) -> TensorStates:
+        owned = [self.owned] * self._group.size
+        if self.stage.shard_state:
+            owned = [slice(r * self.shard_numel, (r + 1) * self.shard_numel) for r in range(self._group.size)]
+        return TensorStates(self.layout, states, self.master, owned, self._group, self._ledger)
 
     def start_state(self, declared: State) -> None:
         """Let a state begin anew."""
-        if isinstance(declared.start, str):
-            self.state[declared.name].copy_(self.master)
-        else:
-            self.state[declared.name].fill_(declared.start)
+        begin(declared, self.state, self.master)
+
+    # - averages
+
+    def make_average(self) -> None:
+        """Allocate one more average over what this rank owns."""
+        self.averages.append(self._ledger.take("state", self.master.numel(), self.precision.master))
+
+    def exchange(self, number: int) -> None:
+        """Let the parameters and average ``number`` change places on this rank; the same again undoes it, to the bit.
+
+        (But a NaN in parameters that have a wider master may come back as another NaN.)
+        """
+        if self.master is not self.values:
+            self.master, self.averages[number] = self.averages[number], self.master
+            self.values.copy_(self.master)
+            return
+        one, other = (run.view(torch.int64) for run in (self.values, self.averages[number]))
+        one ^= other  # three exclusive ors swap two buffers without a third one
+        other ^= one
+        one ^= other
 
     def whole(self, run: Tensor, label: str) -> Tensor:
-        """The whole flat space of which ``run`` is what this rank owns (values, master or a state)."""
-        if run.numel() == self.padded_numel:
+        """The whole flat space of which ``run`` is what this rank owns (values, master or an array of a state)."""
+        if self.values.numel() == self.padded_numel:
             return run
-        flat = torch.empty(self.padded_numel, dtype=run.dtype, device=run.device)
+        flat = torch.empty(run.numel() * self._group.size, dtype=run.dtype, device=run.device)
         self._group.all_gather(flat, run, tag=2 * self.tag, label=f"gather of {self.where} for {label}").wait()
         return flat
+
+    def entries(self, name: str, start: int, stop: int) -> slice:
+        """Those of the array ``name`` that hold elements [start, stop)."""
+        per = SCALED_NUMEL if name in scales_among(self.state) else 1
+        return slice(start // per, -(-stop // per))
+
+    def of_slot(self, slot: Slot, name: str, flat: Tensor) -> Tensor:
+        """What the whole array ``name`` holds of a parameter: in its shape, but for scales."""
+        part = flat[self.entries(name, slot.offset, slot.end)]
+        return part if name in scales_among(self.state) else part.view(slot.shape)

@@ -4,39 +4,26 @@
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
-from itertools import islice
 
-import torch
 from torch import Tensor, nn
 
 from shardstep.collectives import Group, Pending
 from shardstep.errors import SequenceError
 from shardstep.optim import Combined, Optimizer
+from shardstep.rules.binding import cut_states
 from shardstep.sharding.agreement import Act, Agreement
 from shardstep.sharding.buffers import Buffers
-from shardstep.sharding.clip import clip_coefficient, global_norm
+from shardstep.sharding.clip import global_norm
 from shardstep.sharding.combination import Combination, Key
 from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.memory import Ledger
 from shardstep.sharding.nonfinite import NonFiniteTrace
 from shardstep.sharding.ownership import Gathering, Place, places
 from shardstep.sharding.space import Space
+from shardstep.sharding.states import gather_states, scatter_states
+from shardstep.sharding.unfreezing import Unfreezing
+from shardstep.sharding.updates import Gradient, Run, SpaceUpdate, joined, neighbours, tensors_of
 from shardstep.types import Batch, Segment, Whole
-
-
-@dataclass
-class _Gradient:
-    """The gradient over what this rank owns of a space, possibly still on its way."""
-
-    values: Tensor
-    pending: Pending | None
-    taken: bool
-
-    def wait(self) -> Tensor:
-        if self.pending is not None:
-            self.pending.wait()
-        return self.values
 
 
 class Step:
@@ -49,53 +36,59 @@ class Step:
         gradients: Gradients,
         agreement: Agreement,
         buffers: Buffers,
-        clip_norm: float | None,
+        clip: Callable[[float], float] | None,
         trace: NonFiniteTrace | None,
+        unfreezing: Unfreezing,
         group: Group,
         ledger: Ledger,
     ) -> None:
         self.grad_norm: float | None = None
-        """The norm of the last step's mean gradient, before clipping; None without ``clip_norm``."""
+        """The norm of the last step's mean gradient, before clipping; None when nothing clips."""
         self._optimizer, self._spaces, self._gradients = optimizer, spaces, gradients
-        self._agreement, self._buffers, self._clip_norm = agreement, buffers, clip_norm
-        self._trace, self._group, self._ledger = trace, group, ledger
+        self._agreement, self._buffers, self._clip = agreement, buffers, clip
+        self._trace, self._unfreezing, self._group, self._ledger = trace, unfreezing, group, ledger
+        self._rules = {space.tag: optimizer.rule_of(space.parameters[0]) for space in spaces}
 
     # - FlatSource
 
-    def batches(self, *, per_tensor: bool, whole: Sequence[Set[int]] = ()) -> Iterator[Batch]:
+    def batches(self, *, per_tensor: bool, whole: Set[int]) -> Iterator[Batch]:
         """What this rank updates, space by space; each is published as soon as it is updated. Then one batch for each
-        of ``whole``, so that its tensors are put together at all owners at the same time.
+        rule of ``whole``, so that its tensors are put together at all owners at the same time.
         """
-        if not self._begin():
-            return
-        scale, groups = self._scale(), self._group_of_each()
+        self._check_not_held("optimizer.step()")
+        updates = self._begin()
         publishing: list[Pending] = []
-        together = [[s for s in self._spaces if groups[id(s.parameters[0])] in own] for own in whole]
-        single = [space for space in self._spaces if not any(space in spaces for spaces in together)]
-        coming = self._gradient(single[0]) if single else None
-        for space, following in zip(single, [*single[1:], None], strict=False):
-            assert coming is not None
-            gradient, coming = coming, self._gradient(following) if following else coming
-            keys = self._count_steps(space, groups)
-            runs = _tensors(space, keys) if per_tensor else _neighbours(space, keys)
-            update = self._update(space, gradient, keys, runs, scale)
-            yield Batch(update.segments, update.updated, update.combination)
+        single = [update for update in updates if update.rule not in whole]
+        if single:
+            single[0].gradient = self._gradient(single[0].space)
+        for update, following in zip(single, [*single[1:], None], strict=False):
+            if following is not None:
+                following.gradient = self._gradient(following.space)
+            runs = tensors_of(update.space, update.keys) if per_tensor else neighbours(update.space, update.keys)
+            self._cut(update, runs)
+            yield Batch(update.segments, update.tensors, update.combination)
             publishing += self._finish(update)
-        for spaces in together:
-            gradients = [self._gradient(space) for space in spaces]
-            updates = []
-            for space, gradient in zip(spaces, gradients, strict=True):
-                keys = self._count_steps(space, groups)
-                updates.append(self._update(space, gradient, keys, _tensors(space, keys), scale))
-            owners = self._owners(updates, scale) if self._group.size > 1 else None
-            segments = [segment for update in updates for segment in update.segments]
-            updated = [key for update in updates for key in update.updated]
-            yield Batch(segments, updated, _together(updates), owners)
+        for rule in sorted(whole):
+            together = [update for update in updates if update.rule == rule]
+            for update in together:
+                update.gradient = self._gradient(update.space)
+            for update in together:
+                self._cut(update, tensors_of(update.space, update.keys))
+            owners = self._owners(together) if self._group.size > 1 else None
+            segments = [segment for update in together for segment in update.segments]
+            tensors = [tensor for update in together for tensor in update.tensors]
+            yield Batch(segments, tensors, joined(together), owners)
             if owners is not None:
                 owners.release()
-            for update in updates:
+            for update in together:
                 publishing += self._finish(update)
-        self._end(publishing)
+        if updates:
+            self._end(publishing)
+
+    def include(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Train parameters of the model that were frozen so far. Collective."""
+        self._spaces = self._unfreezing.train(parameters, self._optimizer.states_of)
+        self._rules = {space.tag: self._optimizer.rule_of(space.parameters[0]) for space in self._spaces}
 
     def discard(self) -> None:
         self._gradients.discard()
@@ -103,65 +96,68 @@ class Step:
     def whole_state(self) -> dict[nn.Parameter, dict[str, Tensor]]:
         """Every parameter's whole state in its own shape, on every rank, with its ``step``. Collective."""
         self._announce_reading()
-        states: dict[nn.Parameter, dict[str, Tensor]] = {}
-        for space in self._spaces:
-            whole = {name: space.whole(run, f"state {name!r}") for name, run in space.state.items()}
-            for slot, parameter, steps in zip(space.layout.slots, space.parameters, space.steps, strict=True):
-                if steps:
-                    cut = {name: flat[slot.offset : slot.end].view(slot.shape).clone() for name, flat in whole.items()}
-                    states[parameter] = {"step": torch.tensor(float(steps)), **cut}
-        return states
+        return gather_states(self._spaces)
 
     def adopt_state(self, state: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
         """Cut rank 0's whole states into what each rank owns; a parameter without one starts anew. Collective."""
-        for space in self._spaces:
-            steps = torch.tensor([int(state[p]["step"]) if p in state else 0 for p in space.parameters])
-            steps = steps.to(self._ledger.device)
-            self._group.broadcast(steps, label=f"broadcast of the step counts of {space.where}")
-            space.steps = steps.tolist()
-            for declared in space.declared:
-                space.start_state(declared)
-                if any(space.steps):
-                    space.state[declared.name].copy_(self._whole_from_rank_0(space, declared.name, state)[space.owned])
+        scatter_states(self._spaces, state, self._group)
 
-    def _whole_from_rank_0(self, space: Space, name: str, state: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> Tensor:
-        flat = space.whole(space.state[name], f"state {name!r}").clone()
-        for slot, parameter in zip(space.layout.slots, space.parameters, strict=True):
-            if parameter in state:
-                flat[slot.offset : slot.end].view(slot.shape).copy_(state[parameter][name])
-        self._group.broadcast(flat, label=f"broadcast of state {name!r} of {space.where}")
-        return flat
+    def write_parameters(self, values: Mapping[nn.Parameter, Tensor]) -> None:
+        """Replace parameters (and masters) by whole ``values``; every rank gives the same. Collective."""
+        self._check_not_held("the replacement of parameters")
+        self._announce_reading()
+        for space in self._spaces:
+            whole = space.whole(space.master, "writing parameters")
+            for slot, parameter in zip(space.layout.slots, space.parameters, strict=True):
+                if parameter in values:
+                    whole[slot.offset : slot.end].view(slot.shape).copy_(values[parameter])
+            space.master.copy_(whole[space.owned])
+            space.values.copy_(space.master)
+            space.free()
+            if (published := space.publish("writing parameters")) is not None:
+                published.wait()
 
     # - the parts of a step
 
-    def _begin(self) -> bool:
-        """Agree with the other ranks and sum the leaves; whether there are any."""
-        self._check_not_held()
+    def _begin(self) -> list[SpaceUpdate]:
+        """Agree with the other ranks, sum the leaves, and say what is to be updated; nothing if there are none."""
+        groups = self._group_of_each()
+        self._unfreezing.check_not_trained(groups)
         self._agree()
         if not self._gradients.leaves:
-            return False
+            return []
+        updates = [self._update(space, groups) for space in self._spaces]
+        for update in updates:
+            self._optimizer.check_update(update.tensors)
         self._gradients.check_complete_subtrees()
         self._gradients.finish()
         for space in self._spaces:
             space.tree.total()
-        return True
+        scale = self._scale()
+        for update in updates:
+            update.scale = scale
+        return updates
 
-    def _update(
-        self, space: Space, gradient: _Gradient, keys: list[Key], runs: Iterator["_Run"], scale: float
-    ) -> "_Update":
-        values = gradient.wait()
-        segments = [self._segment(space, values, run, scale) for run in runs]
-        if self._trace is not None:
-            self._trace.remember(space, segments)
+    def _update(self, space: Space, groups: dict[int, int]) -> SpaceUpdate:
+        keys = self._keys(space, groups)
         combination = Combination(space, keys, self._group, self._gradients.step)
-        return _Update(space, gradient, keys, segments, combination)
+        return SpaceUpdate(space, self._rules[space.tag], keys, combination)
 
-    def _finish(self, update: "_Update") -> list[Pending]:
-        """Give back what an update needed, and begin to publish what it made."""
+    def _cut(self, update: SpaceUpdate, runs: Iterator[Run]) -> None:
+        """Make the segments of an update."""
+        values = update.wait()
+        update.segments = [self._segment(update, values, run) for run in runs]
+        if self._trace is not None:
+            self._trace.remember(update.space, update.segments)
+
+    def _finish(self, update: SpaceUpdate) -> list[Pending]:
+        """Count steps, give back what an update needed, and begin to publish what it made."""
         space = update.space
+        for index in space.touched:
+            space.steps[index] += 1
         if self._trace is not None:
             self._trace.look(space, update.segments)
-        if update.gradient.taken:
+        if update.gradient is not None and update.gradient.taken:
             self._ledger.give("gradients", update.gradient.values)
         space.free()  # whole from a forward without a backward, and no longer what the shards hold
         published = space.publish(f"publishing step {self._gradients.step}")
@@ -175,22 +171,23 @@ class Step:
         if self._trace is not None:
             self._trace.raise_if_found(self._gradients.step - 1)
 
-    def _owners(self, updates: list["_Update"], scale: float) -> Gathering:
+    def _owners(self, updates: list[SpaceUpdate]) -> Gathering:
         tensors, at = list[Whole](), list[Place]()
         found = places([(update.space.layout, update.space.stage) for update in updates], self._group.size)
         for update, there in zip(updates, found, strict=True):
             space = update.space
             for slot, key, place in zip(space.layout.slots, update.keys, there, strict=True):
                 if key is not None:
+                    scale = update.scale * self._optimizer.grad_sign(key[0])
                     tensors.append(Whole(*key, slot.shape, space.precision.master, scale, slot.offset))
                     at.append(place)
         last = 2 * max(space.tag for space in self._spaces) + 1
         return Gathering(tensors, at, self._group, self._ledger, (last + 1, last + 2), self._gradients.step)
 
-    def _check_not_held(self) -> None:
+    def _check_not_held(self, what: str) -> None:
         if any(space.held for space in self._spaces):
             raise SequenceError(
-                "expected optimizer.step() outside 'with shardstep.gathered(model):', got it inside: what the step "
+                f"expected {what} outside 'with shardstep.gathered(model):', got it inside: what it "
                 "writes would be overwritten by the whole values at the end of the block"
             )
 
@@ -212,101 +209,59 @@ class Step:
         self._agreement.confirm()
 
     def _scale(self) -> float:
-        """The one factor of this step's gradient sums: their mean, clipped."""
-        leaves = self._gradients.leaves * self._group.size
-        if self._clip_norm is None:
+        """The one factor of this step's gradient sums: their mean, without the loss's scale, clipped."""
+        leaves = self._gradients.leaves * self._group.size / self._gradients.unscaling
+        if self._clip is None:
             return 1.0 / leaves
         runs = [(space, space.tree.total().values) for space in self._spaces]
         self.grad_norm = global_norm(runs, self._group, self._gradients.step) / leaves
-        return clip_coefficient(self.grad_norm, self._clip_norm) / leaves
+        return self._clip(self.grad_norm) / leaves
 
     def _group_of_each(self) -> dict[int, int]:
         groups = enumerate(self._optimizer.param_groups)
         return {id(parameter): index for index, group in groups for parameter in group["params"]}
 
-    def _gradient(self, space: Space) -> _Gradient:
+    def _gradient(self, space: Space) -> Gradient:
         """The gradient sum over what this rank owns: its run, or the whole where the state is not sharded."""
         total = space.tree.total().values
         if total.numel() == space.master.numel():
-            return _Gradient(total, None, taken=False)
+            return Gradient(total, None, taken=False)
         flat, taken = space.kept_leaf(total.dtype), False
         if flat is None:
             flat, taken = self._ledger.take("gradients", space.padded_numel, total.dtype), True
         label = f"gather of the gradients of {space.where} in step {self._gradients.step}"
-        return _Gradient(flat, self._group.all_gather(flat, total, tag=2 * space.tag + 1, label=label), taken)
+        return Gradient(flat, self._group.all_gather(flat, total, tag=2 * space.tag + 1, label=label), taken)
 
-    def _count_steps(self, space: Space, groups: dict[int, int]) -> list[Key]:
-        """Count the update of each touched parameter, and say what its hyper-parameters and step are."""
+    def _keys(self, space: Space, groups: dict[int, int]) -> list[Key]:
+        """The group of each touched parameter, and its count of steps with this update."""
         keys: list[Key] = [None] * len(space.parameters)
         for index in space.touched:
-            space.steps[index] += 1
-            keys[index] = (groups[id(space.parameters[index])], space.steps[index])
+            keys[index] = (groups[id(space.parameters[index])], space.steps[index] + 1)
         return keys
 
-    def _segment(self, space: Space, gradient: Tensor, run: "_Run", scale: float) -> Segment:
+    def _segment(self, update: SpaceUpdate, gradient: Tensor, run: Run) -> Segment:
+        space = update.space
         low = space.values if space.master is not space.values else None
         part = slice(run.start - space.owned.start, run.stop - space.owned.start)
+        state = cut_states(space.state, part.start, part.stop)
+        tensor_state: dict[str, Tensor] = {}
+        if run.index is None:
+            shape, start = None, 0
+        else:
+            slot = space.layout.slots[run.index]
+            shape, start = slot.shape, run.start - slot.offset
+            state |= space.by_tensor.of(run.index, elements=True)
+            tensor_state = space.by_tensor.of(run.index, elements=False)
         return Segment(
             group=run.group,
             step=run.step,
             param=space.master[part],
             grad=gradient[part],
-            state={name: state[part] for name, state in space.state.items()},
+            state=state,
             low=None if low is None else low[part],
-            grad_scale=scale,
+            grad_scale=update.scale * self._optimizer.grad_sign(run.group),
             offset=run.start,
-            shape=run.shape,
+            shape=shape,
+            start=start,
+            tensor_state=tensor_state,
         )
-
-
-@dataclass
-class _Update:
-    """A space that is being updated."""
-
-    space: Space
-    gradient: _Gradient
-    keys: list[Key]
-    segments: list[Segment]
-    combination: Combination
-
-    @property
-    def updated(self) -> list[tuple[int, int]]:
-        return [key for key in self.keys if key is not None]
-
-
-def _together(updates: list[_Update]) -> Callable[[list[list[Tensor]], int], list[list[Tensor]]]:
-    """One combination of those of several spaces."""
-
-    def combine(partials: list[list[Tensor]], count: int) -> list[list[Tensor]]:
-        rest, whole = iter(partials), list[list[Tensor]]()
-        for update in updates:
-            whole += update.combination(list(islice(rest, len(update.segments))), count)
-        return whole
-
-    return combine
-
-
-@dataclass
-class _Run:
-    """Elements [start, stop) of a flat space, with one step count and the hyper-parameters of one group."""
-
-    group: int
-    step: int
-    start: int
-    stop: int
-    shape: tuple[int, ...] | None
-
-
-def _neighbours(space: Space, keys: list[Key]) -> Iterator[_Run]:
-    """Runs of neighbouring parameters that are updated alike; untouched ones stay out."""
-    for key, start, stop in space.layout.runs(keys, space.owned.start, min(space.owned.stop, space.layout.numel)):
-        if key is not None:
-            yield _Run(*key, start, stop, None)
-
-
-def _tensors(space: Space, keys: list[Key]) -> Iterator[_Run]:
-    """What this rank owns of each touched parameter, without the gaps between them."""
-    for slot, key in zip(space.layout.slots, keys, strict=True):
-        start, stop = max(slot.offset, space.owned.start), min(slot.end, space.owned.stop)
-        if key is not None and start < stop:
-            yield _Run(*key, start, stop, slot.shape)

@@ -12,6 +12,7 @@ from torch import nn
 from shardstep.config import Precision, Stage, StageChoice, UnitChoice, matches, resolve_stage
 from shardstep.errors import ConfigError
 from shardstep.layout import Layout, lay_out
+from shardstep.sharding.modules import is_keras, named_children, named_modules, own_parameters, weights
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def _chosen(model: nn.Module, units: UnitChoice | None) -> Iterator[tuple[str, n
         yield from repeated_blocks(model)
         return
     wanted = _predicate(units)
-    found = [(name, module) for name, module in model.named_modules() if wanted(name, module)]
+    found = [(name, module) for name, module in named_modules(model) if wanted(name, module)]
     if not found:
         raise ConfigError(
             f"expected units={units!r} to name at least one module of {type(model).__name__}, but none matches; "
@@ -81,13 +82,19 @@ def _predicate(units: UnitChoice) -> Callable[[str, nn.Module], bool]:
 
 
 def repeated_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost repeated blocks: children of one class, with modules of their own, of a list or sequence."""
+    """The outermost repeated blocks: children of one class, with modules of their own, of a list or sequence.
+
+    In a model of Keras, whose layers are one list, others may lie between them.
+    """
 
     def visit(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        children = [(f"{prefix}{name}", child) for name, child in module.named_children()]
+        children = [(f"{prefix}{name}", child) for name, child in named_children(module)]
         blocks = [child for _, child in children if any(True for _ in child.parameters())]
+        if is_keras(module):
+            blocks = [block for block in blocks if any(True for _ in named_children(block))]
         alike = len(blocks) > 1 and len({type(block) for block in blocks}) == 1
-        if isinstance(module, nn.ModuleList | nn.Sequential) and alike and list(blocks[0].children()):
+        listed = isinstance(module, nn.ModuleList | nn.Sequential) or is_keras(module)
+        if listed and alike and any(True for _ in named_children(blocks[0])):
             yield from (pair for pair in children if any(pair[1] is block for block in blocks))
             return
         for name, child in children:
@@ -103,14 +110,14 @@ def _parameters_by_unit(model: nn.Module, modules: dict[str, nn.Module]) -> dict
 
     def visit(module: nn.Module, unit: str) -> None:
         unit = names.get(id(module), unit)
-        for parameter in module.parameters(recurse=False):
+        for parameter in own_parameters(module):
             users.setdefault(id(parameter), set()).add(unit)
-        for child in module.children():
+        for _, child in named_children(module):
             visit(child, unit)
 
     visit(model, "")
     owned: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in modules}
-    for name, parameter in model.named_parameters():
+    for name, parameter in weights(model):
         where = users[id(parameter)]
         owned[next(iter(where)) if len(where) == 1 else ""].append((name, parameter))
     return owned

@@ -17,6 +17,7 @@ from shardstep.collectives import Group
 from shardstep.errors import ConfigError, RankMismatchError
 from shardstep.sharding.agreement import Act, Agreement
 from shardstep.sharding.gradients import Gradients
+from shardstep.sharding.modules import weights
 from shardstep.sharding.unit import Unit
 
 
@@ -26,22 +27,27 @@ class Whole:
     def __init__(
         self, model: nn.Module, units: list[Unit], gradients: Gradients, agreement: Agreement, group: Group
     ) -> None:
-        self._model, self._units, self._gradients = model, units, gradients
-        self._agreement, self._group = agreement, group
+        self.model, self.units, self.group = model, units, group
+        self._gradients, self._agreement = gradients, agreement
         hooks: Any = model  # torch leaves these four untyped
-        hooks.register_state_dict_pre_hook(lambda *_: self.hold(self._units))
+        hooks.register_state_dict_pre_hook(lambda *_: self.hold(self.units))
         hooks.register_state_dict_post_hook(lambda _, state, *rest: self._copy_freed(state))
-        hooks.register_load_state_dict_pre_hook(lambda *_: self.hold(self._units))
-        hooks.register_load_state_dict_post_hook(lambda *_: self.release(self._units))
+        hooks.register_load_state_dict_pre_hook(lambda *_: self.hold(self.units))
+        hooks.register_load_state_dict_post_hook(lambda *_: self.release(self.units))
+
+    def announce(self, act: Act) -> None:
+        """Make sure that every rank is about to do the same."""
+        self._agreement.announce(act, self._gradients.step, self._gradients.leaves)
+        self._agreement.confirm()
 
     def units_of(self, module: nn.Module) -> list[Unit]:
         """The units that own any parameter of ``module``."""
         wanted = {id(parameter) for parameter in module.parameters()}
-        return [unit for unit in self._units if any(id(p) in wanted for space in unit.spaces for p in space.parameters)]
+        return [unit for unit in self.units if any(id(p) in wanted for space in unit.spaces for p in space.parameters)]
 
     def hold(self, units: list[Unit]) -> None:
         """Gather ``units`` and keep them whole."""
-        self._announce()
+        self.announce(Act.READ_WHOLE)
         for unit in units:
             unit.start_gather("reading whole parameters")
         for unit in units:
@@ -58,8 +64,8 @@ class Whole:
 
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         """(parameter name, what, values): every parameter, its master if it has one, and each of its states."""
-        self._announce()
-        for unit in self._units:
+        self.announce(Act.READ_WHOLE)
+        for unit in self.units:
             for space in unit.spaces:
                 runs = {"param": space.values}
                 if space.master is not space.values:
@@ -68,29 +74,29 @@ class Whole:
                     flat = space.whole(run, f"reading {what!r}")
                     for slot, steps in zip(space.layout.slots, space.steps, strict=True):
                         if steps or what in runs:
-                            yield slot.name, what, flat[slot.offset : slot.end].view(slot.shape)
+                            yield slot.name, what, space.of_slot(slot, what, flat)
+                for declared in space.by_tensor.declared:
+                    for index, values in space.by_tensor.whole(declared, f"reading {declared.name!r} of {space.where}"):
+                        if space.steps[index]:
+                            yield space.layout.slots[index].name, declared.name, values
                 for slot, steps in zip(space.layout.slots, space.steps, strict=True):
                     yield slot.name, "step", torch.tensor(steps)
 
     def digest(self) -> str:
         """The digest of ``tensors()``, the same on every rank or an error."""
         own = digest_of(self.tensors())
-        everyone = self._group.exchange_json(own, label="comparison of digests")
+        everyone = self.group.exchange_json(own, label="comparison of digests")
         if any(other != own for other in everyone):
             raise RankMismatchError(
                 f"expected every rank to hold the same whole parameters and states, but the digests differ: {everyone}"
             )
         return own
 
-    def _announce(self) -> None:
-        self._agreement.announce(Act.READ_WHOLE, self._gradients.step, self._gradients.leaves)
-        self._agreement.confirm()
-
     def _copy_freed(self, state: dict[str, Any]) -> None:
         """Replace the entries of a state dict that are about to be freed by copies."""
         freed_soon = {
             parameter.data_ptr()
-            for unit in self._units
+            for unit in self.units
             if unit.stage.shard_params
             for space in unit.spaces
             for parameter in space.parameters
@@ -98,7 +104,7 @@ class Whole:
         for key, value in state.items():
             if isinstance(value, Tensor) and value.data_ptr() in freed_soon:
                 state[key] = value.detach().clone()
-        self.release(self._units)
+        self.release(self.units)
 
 
 @contextmanager
@@ -137,7 +143,7 @@ def digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
 
 
 def _unsharded_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, str, Tensor]]:
-    for name, parameter in model.named_parameters():
+    for name, parameter in weights(model):
         state = optimizer.state.get(parameter, {})
         yield name, "param", parameter
         yield name, "step", torch.tensor(int(state.get("step", 0)))

@@ -8,7 +8,7 @@ import shardstep as ss
 from shardstep.optim import Optimizer
 from shardstep.rules import rule, zeros
 from shardstep.rules.backends import llvm
-from shardstep.rules.functions import lerp, sign
+from shardstep.rules.functions import lerp, row_mean, sign
 from tests.rules.examples import adafactor, lion, muon, sgd
 from tests.rules.examples import lamb as lamb_rule
 from tests.sharding.models import Tied, Tokens
@@ -53,10 +53,15 @@ def test_a_state_that_only_later_steps_need_is_there():
     assert torch.allclose(param, torch.full((2,), -0.1 * (3 + 1 + 1.5)))
 
 
-def test_a_rule_that_looks_at_rows_is_not_sharded_yet():
+@rule
+def by_rows_and_products(param, grad, *, lr=0.1):
+    return param - lr * (grad @ grad.T) @ grad / row_mean(abs(grad))
+
+
+def test_a_rule_with_products_and_rows_is_not_sharded():
     model = nn.Linear(4, 6, bias=False)
-    with pytest.raises(ss.ConfigError, match=r"which is factored \(.* in line \d+ needs"):
-        ss.shard(model, optimizer_of(adafactor, list(model.parameters())))
+    with pytest.raises(ss.ConfigError, match=r"which is matrix \(.* in line \d+ needs"):
+        ss.shard(model, optimizer_of(by_rows_and_products, list(model.parameters())))
 
 
 def lamb_digest(stage: int, bf16: bool, clip: float | None) -> str:

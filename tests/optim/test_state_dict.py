@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from shardstep.errors import ConfigError
-from shardstep.optim import AdamW
+from shardstep.optim import AdamW, Optimizer
+from shardstep.rules import rule, zeros
 
 
 def model_and(optimizer_class, dtype=torch.float32, **hyper):
@@ -102,6 +103,42 @@ def test_load_hooks_see_the_whole_state_and_may_replace_it():
     assert {state["step"].item() for state in other.state.values()} == {4.0}
 
 
+@rule
+def descend(param, grad, momentum_buffer=zeros, *, step, lr=0.1, momentum=0.9):
+    momentum_buffer = grad if step == 1 else momentum * momentum_buffer + grad
+    return param - lr * momentum_buffer, momentum_buffer
+
+
+class Descend(Optimizer):
+    rule = descend
+
+
+def test_a_dict_without_step_counts_loads_where_only_the_first_step_differs():
+    model, theirs = model_and(torch.optim.SGD, momentum=0.9, lr=0.1)
+    train(model, theirs, 2)
+    other_model, ours = model_and(Descend)
+    other_model.load_state_dict(model.state_dict())
+    saved = copy.deepcopy(theirs.state_dict())
+    saved["state"][1]["momentum_buffer"] = None  # as older versions save a parameter that had no gradient
+    theirs.load_state_dict(copy.deepcopy(saved))
+    ours.load_state_dict(saved)
+    assert ours.state[other_model[0].weight]["step"].item() == 1
+    train(model, theirs, 2, start=2)
+    train(other_model, ours, 2, start=2)
+    for p, q in zip(model.parameters(), other_model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+    theirs.load_state_dict(ours.state_dict())
+    train(model, theirs, 1, start=4)
+
+
+def test_a_dict_without_step_counts_is_refused_where_they_matter():
+    _, optimizer = trained(AdamW)
+    saved = optimizer.state_dict()
+    saved = {**saved, "state": {0: {k: v for k, v in saved["state"][0].items() if k != "step"}}}
+    with pytest.raises(KeyError, match=r"the states .*'step'.* for parameter 0, got"):
+        optimizer.load_state_dict(saved)
+
+
 def drop(state_dict, *path):
     for key in path[:-1]:
         state_dict = state_dict[key]
@@ -115,7 +152,9 @@ def drop(state_dict, *path):
         (lambda d: d["param_groups"][0]["params"].pop(), r"groups of \[2, 2\] parameters, got \[1, 2\]"),
         (lambda d: drop(d, "param_groups", 1, "eps"), r"loaded parameter group 1, got none for \['eps'\]"),
         (lambda d: d["param_groups"][1].update(lr=-1.0), "lr ≥ 0 in loaded parameter group 1"),
-        (lambda d: d["param_groups"][1].update(maximize=True), "maximize=False in loaded parameter group 1"),
+        (lambda d: d["param_groups"][1].update(capturable=True), "capturable=False in loaded parameter group 1"),
+        (lambda d: d.pop("state"), "got one without 'state'"),
+        (lambda d: d["param_groups"][1].update(amsgrad=True), "max_exp_avg_sq"),
         (lambda d: drop(d, "state", 1, "exp_avg"), "for parameter 1, got"),
         (lambda d: d["state"][1].update(max_exp_avg_sq=torch.ones(3)), "max_exp_avg_sq"),
         (lambda d: d["state"][1].update(exp_avg=torch.ones(4)), r"exp_avg of shape \(3,\) for parameter 1"),

@@ -341,6 +341,10 @@ def shadowing_argument(param, grad, *, clip=1.0):  # E28: clip
     return param - grad
 
 
+def named_as_a_group(param, grad, *, params=1.0):  # E28: params
+    return param - params * grad
+
+
 def given_step(param, grad, *, step=1):  # E28: step
     return param - grad / step
 

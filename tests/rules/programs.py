@@ -18,6 +18,10 @@ CONSTANTS = (0.0, -0.0, 1.0, -1.0, 0.5, 2.0, 3.0, 0.1, 1e-8, 1e-40, 1e30, 6e38, 
 HOSTED = tuple(
     "again again again sum sum max numel choose choose lt eq add sub mul div pow exp log sqrt minimum fma where".split()
 )
+OF_LINES = ("row", "column", "tensor")
+LINES = tuple(
+    "row_sum row_sum column_sum column_sum row_max column_max sum max add sub mul div fma minimum sqrt exp log".split()
+)
 WORDS = (0, 1, 0x7F, 0xFFFF, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF, 0x9E37_79B1)
 
 
@@ -29,25 +33,33 @@ def random_program(
     words: bool = True,
     reductions: bool = False,
     hosted: bool = False,
+    lines: bool = False,
 ) -> ir.Program:
     """A program of about ``length`` operations on elements; its bits are fixed, as it never asks for those of a NaN.
 
     With ``elementary`` it has the operations that `passes.elementary` replaces; with ``reductions``, at its end, sums
     and maxima that it does not use itself. With ``hosted`` it is no phase: it has branches, work for the host, and
-    sums and maxima that it uses.
+    sums and maxima that it uses. With ``lines`` too: rows and columns.
     """
     states = tuple(ir.State(name) for name in ("exp_avg", "exp_avg_sq")[: rng.randrange(3)])
+    states += tuple(ir.State(shape, shape) for shape in OF_LINES) if lines else ()
     program = ir.Program("random", states, tuple(map(ir.Hyper, SCALARS)), (), ())
     grow = _Growing(rng, program, words)
     names = [name for name, operation in ir.OPERATIONS.items() if operation.family == "pointwise" and name != "choose"]
     names = [name for name in names if elementary or name not in ELEMENTARY]
     names = [name for name in names if words or "word" not in (*ir.OPERATIONS[name].takes, ir.OPERATIONS[name].gives)]
     for _ in range(length):
-        if hosted and rng.random() < 0.5:
+        if lines and rng.random() < 0.4:
+            grow.line_operation(rng.choice(LINES))
+        elif hosted and rng.random() < 0.5:
             grow.hosted_operation(rng.choice(HOSTED))
         else:
             grow.operation(rng.choice(names))
-    stores = [(name, grow.some("real", element=True)) for name in program.shapes if name != "grad"]
+    shapes = program.shapes.items()
+    stores = [
+        (name, grow.some("real", element=True)) for name, shape in shapes if shape == "element" and name != "grad"
+    ]
+    stores += [(name, grow.of_line(shape)) for name, shape in shapes if shape != "element"]
     if reductions:
         for _ in range(rng.randrange(1, 4)):
             grow.build.emit(rng.choice(("sum", "max")), grow.some("real", element=True))
@@ -86,7 +98,7 @@ def random_array(numel: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 
 def same_bits(got: torch.Tensor, want: torch.Tensor) -> bool:
     """Equal bit for bit, except that one NaN is as good as another."""
-    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
+    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
     if got.dtype != want.dtype or got.shape != want.shape:
         return False
     return bool(((got.view(words) == want.view(words)) | (got.isnan() & want.isnan())).all())
@@ -140,6 +152,27 @@ class _Growing:
         else:
             shape = self._rng.choice(("tensor", "uniform"))
             self.build.emit(name, *(self._of(kind, shape if i == 0 else "uniform") for i, kind in enumerate(takes)))
+
+    def line_operation(self, name: str) -> None:
+        """One value for each row or column."""
+        takes, family = ir.OPERATIONS[name].takes, ir.OPERATIONS[name].family
+        if family == "pointwise":
+            shape = self._rng.choice(("row", "column"))
+            self.build.emit(name, *(self.of_line(shape if i == 0 else "tensor") for i in range(len(takes))))
+        elif name in ("sum", "max"):
+            self.build.emit(name, self.of_line(self._rng.choice(("row", "column")), only=True))
+        else:
+            value = self.some("real", element=True)
+            if self._rng.random() < 0.2 and name != "row_max":
+                value = self.of_line("column" if name.startswith("row") else "row", only=True)
+            self.build.emit(name, value)
+
+    def of_line(self, shape: str, *, only: bool = False) -> int:
+        """A number for each row or column, or, unless ``only``, for the tensor or the step."""
+        shapes = (shape, "tensor", "uniform") if self._rng.random() < 0.1 and not only else (shape,)
+        lines = list(enumerate(self.build.instructions))
+        fitting = [n for n, line in lines if line.type.kind == "real" and line.type.shape in shapes]
+        return self._rng.choice(fitting[-4:])
 
     def _once_more(self) -> None:
         """What the passes look for: a constant for an operand, or the operands of an operation in the other order."""

@@ -185,7 +185,7 @@ def every_operation():
     a, b = build.load("param"), build.load("grad")
     c = build.emit("mul", build.load("o0"), build.constant(0.3))
     one, zero = build.constant(1.0), build.constant(-0.0)
-    results += [build.emit(o, a) for o in ("neg", "abs", "sign", "sqrt")]
+    results += [build.emit(o, a) for o in ("neg", "abs", "sign", "sqrt", "bfloat16")]
     results += [build.emit(o, a, b) for o in ("add", "sub", "mul", "div", "minimum", "maximum")]
     results += [build.emit("fma", a, b, c), build.emit("fma", a, c, build.constant(1e-3))]
     truths = [build.emit(o, a, b) for o in ("lt", "le", "gt", "ge", "eq", "ne")]

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shardstep.optim.adamw import adamw
+from shardstep.optim.adam import adamw
 from shardstep.rules.ir import Place, parse_text, to_text
 from shardstep.rules.language import WORDS, Inline, Rule, inline, rule, state, zeros
-from shardstep.rules.locality import locality
+from shardstep.rules.locality import is_by_tensor, locality
 from shardstep.rules.lower import program_of
 from tests.rules import elsewhere
 from tests.rules.examples import adafactor, lamb, lion, muon, sgd
-from tests.rules.phases_in_numpy import bfloat16
+from tests.rules.passes.plain_evaluator import bfloat16
 
 EXAMPLES = [adamw, lion, sgd, lamb, adafactor, muon]
 LOWERED = Path(__file__).parent / "lowered"
@@ -346,7 +346,7 @@ def test_locality_names_the_operation_and_the_line(example, found, said):
     assert said in reason
 
 
-def test_states_that_are_not_of_elements_tie_a_tensor_together():
+def test_states_of_rows_tie_a_tensor_together_and_one_number_for_it_does_not():
     @rule
     def counted(param, grad, count=state(shape="tensor")):
         return param - grad / (count + 1), count + 1
@@ -355,7 +355,9 @@ def test_states_that_are_not_of_elements_tie_a_tensor_together():
     def by_row(param, grad, scale=state(1.0, shape="row")):
         return param - grad * scale, scale / 2
 
-    assert locality(program_of(counted))[0] == "reduced"
+    assert locality(program_of(counted))[0] == "elementwise"
+    assert is_by_tensor(program_of(counted))
+    assert not is_by_tensor(program_of(lion))
     kind, reason = locality(program_of(by_row))
     assert kind == "factored"
     assert reason.startswith("load scale in line ")

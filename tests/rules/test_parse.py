@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from shardstep.optim.adamw import adamw
+from shardstep.optim.adam import adam
 from shardstep.rules.diagnostics import RuleErrors
 from shardstep.rules.language import inline, rule, zeros
 from shardstep.rules.parse import parse
@@ -120,8 +120,8 @@ def test_tabs_and_semicolons_keep_their_columns():
     assert [text_at(name.span) for statement in function.body for name in names_read(statement)][-2:] == ["param", "x"]
 
 
-def test_adamw_spans_cover_what_was_written():
-    first = parse(adamw).body[0]
+def test_adam_spans_cover_what_was_written():
+    first = parse(adam).body[1].then[0]
     assert isinstance(first, Assign)
     assert text_at(first.value.span) == "param * (1 - lr * weight_decay)"
 

@@ -17,6 +17,7 @@ from shardstep.rules.backends import blocks, reference
 from shardstep.rules.backends.reference import compile_phase, run_whole
 from shardstep.rules.binding import Binding
 from shardstep.rules.scalars import compile_scalars
+from shardstep.rules.view import state_shape
 from tests.rules.exact import root, rounded, same, special_values
 from tests.rules.programs import SCALARS, phase_of, random_array, random_arrays, random_program, same_bits
 
@@ -342,26 +343,82 @@ def test_sums_and_maxima_of_nothing_of_zeros_and_of_nan():
     assert math.isnan(blocks.reduce("max", np.array([1.0, math.nan, 2.0])))
 
 
-@pytest.mark.parametrize("offset", [0, 1000])
-@pytest.mark.parametrize("shape", [(5, 7), (3, 2500), (40, 1)])
-def test_row_and_column_sums(shape, offset, monkeypatch):
-    monkeypatch.setattr(blocks, "_ROW_SCRATCH", 4096)  # so that rows go in several groups
-    program = parse(
-        """load grad : real element
-        row_sum %0 : real row
-        column_sum %0 : real column
-        store rows %1
-        store columns %2""",
-        states=["rows row = 0.0", "columns column = 0.0"],
-    )
-    grad = torch.from_numpy(wide_spread(shape[0] * shape[1])).reshape(shape)
-    zeros = torch.zeros(max(shape), dtype=torch.float64)
-    arrays = {"param": grad, "grad": grad, "rows": zeros[: shape[0]], "columns": zeros[: shape[1]]}
-    got = run_whole(program, arrays, {}, compute=torch.float64, offset=offset)
-    rows = [tree_by_hand(sum_by_hand(row, offset + i * shape[1])) for i, row in enumerate(grad.tolist())]
-    columns = [tree_by_hand(column) for column in grad.T.tolist()]
-    assert got["rows"].tolist() == rows
-    assert got["columns"].tolist() == columns
+def line_by_hand(terms):
+    """The sum of a row or a column: of its terms as multiples of the grid."""
+    if not all(map(math.isfinite, terms)):
+        return math.nan
+    largest = max(map(abs, terms))
+    exponent, bits = math.frexp(largest)[1], (len(terms) - 1).bit_length()
+    power = max(exponent + max(bits - 1, 1), -1022) if largest else -1022
+    if power > 1022:
+        return math.nan
+    grid = Fraction(2) ** (power - 52)
+    return float(sum(round(Fraction(term) / grid) for term in terms) * grid)
+
+
+LINES = """load grad : real element
+row_sum %0 : real row
+column_sum %0 : real column
+abs %0 : real element
+row_max %3 : real row
+column_max %3 : real column
+row_total %0 %4 : real row
+column_total %0 %5 : real column
+store rows %1
+store columns %2
+store rows_again %6
+store columns_again %7"""
+
+
+def sums_of_lines(grad, offset=0):
+    states = [f"{line}s{what} {line} = 0.0" for line in ("row", "column") for what in ("", "_again")]
+    arrays = {name.split()[0]: torch.zeros(state_shape(name.split()[1], grad.shape)).to(grad.dtype) for name in states}
+    arrays |= {"param": grad, "grad": grad}
+    return run_whole(parse(LINES, states=states), arrays, {}, compute=grad.dtype, offset=offset)
+
+
+@pytest.mark.parametrize("dtype", COMPUTE, ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (9,), (5, 7), (3, 2500), (40, 1), (2, 3, 4), (2, 2, 3, 3)], ids=str)
+def test_sums_of_rows_and_columns(shape, dtype):
+    grad = torch.from_numpy(wide_spread(math.prod(shape))).to(dtype).reshape(shape)
+    got = sums_of_lines(grad)
+    cube = grad.double().reshape(-1, *(1, 1, *shape)[-2:])
+    rows = [line_by_hand(row) for matrix in cube.tolist() for row in matrix]
+    columns = [line_by_hand(column) for matrix in cube.mT.tolist() for column in matrix]
+    for name, want in (("rows", rows), ("columns", columns)):
+        assert got[name].shape == state_shape("row" if name == "rows" else "column", shape)
+        want = torch.tensor(want, dtype=torch.float64).to(dtype)
+        assert same_bits(got[name].reshape(-1), want)
+        assert same_bits(got[f"{name}_again"].reshape(-1), want)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0), (2, 0, 3)], ids=str)
+def test_sums_over_nothing_are_zero(shape):
+    assert not any(values.any() for values in sums_of_lines(torch.zeros(shape)).values())
+
+
+def test_sums_of_rows_at_the_ends_of_the_formats():
+    info = torch.finfo(torch.float64)
+    least = info.tiny * info.eps
+    rows = [[least] * 4, [math.inf, 1.0, 0.0, 0.0], [math.nan, 1.0, 0.0, 0.0], [info.max, 1.0, 0.0, 0.0]]
+    rows += [[2.0**1019, 2.0**1019, 0.0, 0.0], [-0.0] * 4, [1.0, least, -1.0, 2.0**-51]]
+    got = sums_of_lines(torch.tensor(rows, dtype=torch.float64))["rows"].view(-1).tolist()
+    assert got[0] == 4 * least
+    assert all(math.isnan(value) for value in got[1:4])
+    assert got[4] == 2.0**1020
+    assert same(got[5], 0.0)
+    assert got[6] == 0.0  # the grid is 2^-50: half of it goes to the even multiple
+    big = torch.full((1, 1000), torch.finfo(torch.float32).max)
+    assert sums_of_lines(big)["rows"].item() == math.inf  # the sum is finite, and rounds so
+    assert sums_of_lines(big / 1024)["rows"].item() == pytest.approx(float(big[0, 0]) * 1000 / 1024)
+
+
+def test_float32_sums_of_rows_are_rounded_once_or_nearly():
+    generator = torch.Generator().manual_seed(3)
+    grad = torch.randn(50, 3000, generator=generator) ** 2
+    exact = [float(sum(map(Fraction, row))) for row in grad.double().tolist()]
+    got = sums_of_lines(grad)["rows"].view(-1)
+    assert (got.double() - torch.tensor(exact).double()).abs().max() <= 2.0**-24 * max(exact) * 1.001
 
 
 @pytest.mark.parametrize("offset", [0, 5, 100, 333, 1000])
@@ -399,15 +456,28 @@ def test_rows_and_columns_join_to_elements_and_fill_arrays():
         store counts %8""",
         states=["r row = 0.0", "c column = 0.0", "m element = 0.0", "total tensor = 0.0", "counts tensor = 0.0"],
     )
-    r, c = torch.tensor([1.0, 2.0]), torch.arange(6.0)
-    arrays = {"param": torch.zeros(2, 3, 2), "r": r, "c": c, "m": torch.zeros(2, 3, 2)}
+    r, c = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(2, 2, 1), torch.arange(6.0).view(2, 1, 3)
+    arrays = {"param": torch.zeros(2, 2, 3), "r": r, "c": c, "m": torch.zeros(2, 2, 3)}
     arrays |= {"total": torch.zeros(()), "counts": torch.zeros(1)}
     got = run_whole(program, arrays, {}, compute=torch.float32)
-    assert got["param"].tolist() == torch.outer(r, c).reshape(2, 3, 2).tolist()
-    assert got["m"].tolist() == (2 * r).reshape(2, 1, 1).expand(2, 3, 2).tolist()
+    assert got["param"].tolist() == (r * c).tolist()
+    assert got["m"].tolist() == (2 * r).expand(2, 2, 3).tolist()
     assert got["total"].shape == ()
-    assert got["total"].item() == 3.0
-    assert got["counts"].tolist() == [24.0]
+    assert got["total"].item() == 10.0
+    assert got["counts"].tolist() == [2 * 3 + 12.0]
+
+
+def test_what_rows_have_in_each_column_is_one_number_for_each_matrix():
+    program = parse(
+        """load r : real row
+        column_sum %0 : real column
+        mul %0 %1 : real element
+        store param %2""",
+        states=["r row = 0.0"],
+    )
+    r = torch.arange(6.0).view(2, 3, 1)
+    got = run_whole(program, {"param": torch.zeros(2, 3, 4), "r": r}, {}, compute=torch.float32)["param"]
+    assert got.tolist() == (r * r.sum(dim=1, keepdim=True)).expand(2, 3, 4).tolist()
 
 
 def test_matrix_products_and_transposes():
@@ -420,10 +490,10 @@ def test_matrix_products_and_transposes():
         mul %3 %4 : real element
         store param %5"""
     )
-    grad = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+    grad = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(1))
     got = run_whole(program, {"param": grad, "grad": grad}, {}, compute=torch.float32)["param"]
     g = grad.double()
-    square = (g @ g.T).float().double()
+    square = (g @ g.mT).float().double()
     want = (square @ g).float() * square.sum().float()
     assert torch.allclose(got, want, rtol=1e-6)
 

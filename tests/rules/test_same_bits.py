@@ -15,10 +15,10 @@ from shardstep.rules.backends import blocks, llvm, reference, rounding
 from shardstep.rules.backends.evaluation import exactly
 from shardstep.rules.binding import Binding
 from shardstep.rules.ir import Phase, parse_text
-from shardstep.rules.passes import compile_phases, truths
+from shardstep.rules.passes import compile_phases, compile_truths
 from shardstep.rules.passes.gradient import scale_gradient
 from shardstep.rules.scalars import compile_scalars
-from shardstep.types import Batch, Segment
+from shardstep.types import Batch, Segment, Update
 from tests.rules import examples
 from tests.rules.programs import SCALARS, programs, random_array, random_arrays, same_bits
 
@@ -72,7 +72,7 @@ def test_phases_give_the_bits_of_the_program(program, compute, grad, low_dtype, 
         want = reference.run_whole(scale_gradient(program), arrays, HYPERS, compute=compute, offset=OFFSET)
     except RuleError:
         reject()  # a per-step scalar has no value
-    phases = compile_phases(program, truths(program, HYPERS), compute)
+    phases = compile_phases(program, compile_truths(program)(HYPERS), compute)
     for make in BACK_ENDS.values():
         got, low = {name: array.clone() for name, array in arrays.items()}, torch.empty(NUMEL, dtype=low_dtype)
         binding = Binding(compute, tuple((name, array.dtype) for name, array in arrays.items()), low_dtype)
@@ -151,7 +151,7 @@ def test_the_copy_of_a_large_param_overflows_silently(rule):
     made = compiled.compile_rule(rule)
     states = {state.name: torch.zeros(16) for state in made.program.states}
     segment = Segment(0, 1, param, torch.ones(16), states, low, 1.0, shape=(4, 4))
-    made.update(Batch([segment], [(0, 1)], lambda sums, _: sums), [{**rule.hyperparameters}])
+    made.update(Batch([segment], [Update(0, 1, (4, 4))], lambda sums, _: sums), [{**rule.hyperparameters}])
     assert low.isinf().all()
 
 

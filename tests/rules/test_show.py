@@ -6,10 +6,11 @@ import pytest
 
 from shardstep.cli import main
 from shardstep.errors import ConfigError
-from shardstep.optim.adamw import adamw
+from shardstep.optim.adam import adamw
 from shardstep.optim.muon import muon
 from shardstep.rules import rule, state
 from shardstep.rules.show import STAGES, debug, show
+from tests.rules import examples
 from tests.rules.examples import adafactor, lamb, sgd
 
 EXAMPLES = Path(__file__).with_name("examples.py")
@@ -52,13 +53,15 @@ def test_code_is_for_states_as_they_are_declared():
 
 
 def test_a_rule_for_whole_tensors_has_no_phases():
-    assert "--- phase 0" not in show(adafactor, "passes", {})
+    assert "--- phase 0" not in show(examples.muon, "passes", {})
     assert show(adafactor, "check", {}).splitlines()[-1].startswith("factored: row_sum in line")
 
 
 def test_the_rules_that_come_along_are_listed(capsys):
     assert main(["rules", "list"]) == 0
-    assert capsys.readouterr().out.startswith("adamw        elementwise  exp_avg, exp_avg_sq")
+    listed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert listed["adamw"].startswith("adamw        elementwise  exp_avg, exp_avg_sq")
+    assert listed["lamb"].startswith("lamb         reduced ")
 
 
 def test_a_rule_of_ones_own_file(capsys):
@@ -73,7 +76,18 @@ def test_the_debugger_names_the_line_of_the_first_nan(capsys):
     assert "exp_avg_sq = -4.0" in told
     last = told.splitlines()[-1]
     assert last.startswith("the first value that is not finite, sqrt(")
-    assert "denominator = sqrt(exp_avg_sq)" in last
+    assert "denominator = sqrt(second)" in last
+
+
+@rule
+def branching(param, grad, *, lr=1e38, squared=True):
+    scaled = grad * lr * lr if squared else grad * lr
+    return param - scaled
+
+
+def test_the_debugger_leaves_out_what_is_not_taken():
+    assert "is made in line" in debug(branching, {}, {})
+    assert debug(branching, {}, {"squared": False}).endswith("every value is finite\n")
 
 
 def test_the_debugger_says_when_it_was_given():
@@ -85,7 +99,7 @@ def test_the_debugger_says_when_it_was_given():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["show", "adamm"], "expected one of adamw"),
+        (["show", "adamm"], "expected one of adabelief, adadelta"),
         (["show", "nowhere.py:rule"], "expected a Python file"),
         (["show", f"{EXAMPLES}:ROUNDS"], "expected a function under @rule called 'ROUNDS'"),
         (["show", "adamw", "--stage", "passes", "--flags", "lr"], "expected NAME=VALUE"),

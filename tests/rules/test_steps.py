@@ -11,8 +11,8 @@ from shardstep.rules.compiled import compile_rule
 from shardstep.rules.ir import Product, Sweep, parse_text
 from shardstep.rules.language import inline, rule, state, zeros
 from shardstep.rules.lower import program_of
-from shardstep.rules.passes import cut_steps, stages, truths
-from shardstep.types import Batch, Segment, Whole
+from shardstep.rules.passes import compile_truths, cut_steps, stages
+from shardstep.types import Batch, Segment, Update, Whole
 from tests.rules.phases import bind, phase
 
 NARROW = """
@@ -31,7 +31,7 @@ store param %7
 
 def test_the_example_of_the_pass():
     steps = cut_steps(parse_text(NARROW))
-    assert [type(step) for step in (*steps.head, *steps.middle, *steps.tail)] == [Sweep, Product, Product, Sweep]
+    assert [type(step) for step in steps.all] == [Sweep, Product, Product, Sweep]
     assert steps.middle == (Product(1, False, 1, True, 4), Product(4, False, 1, False, 5))
     assert (steps.inward, steps.outward) == ((1,), (5,))
     assert [steps.buffers[n].narrow for n in (1, 4, 5)] == [True, True, False]
@@ -41,7 +41,7 @@ def test_the_example_of_the_pass():
 def steps_of(defined, rows, columns, **hypers):
     program = program_of(defined)
     given = {**defined.hyperparameters, "step": 2, "grad_scale": 1.0, "rows": rows, "columns": columns, **hypers}
-    return cut_steps(stages(program, truths(program, given), torch.float32)[-1][1])
+    return cut_steps(stages(program, compile_truths(program)(given), torch.float32)[-1][1])
 
 
 @pytest.mark.parametrize(("rows", "columns", "extent"), [(3, 8, "rr"), (8, 3, "cc")])
@@ -125,7 +125,7 @@ def test_steps_compute_what_the_program_means(defined, dtype, shape):
     want = reference_of(defined, arrays, hypers, dtype)
     state = {name: arrays[name].view(-1) for name in defined.states}
     segment = Segment(0, 2, arrays["param"].view(-1), arrays["grad"].view(-1), state, low, 0.5, 384, shape)
-    compile_rule(defined).update(Batch([segment], [(0, 2)], lambda sums, _: sums), [hypers])
+    compile_rule(defined).update(Batch([segment], [Update(0, 2, shape)], lambda sums, _: sums), [hypers])
     close = {"rtol": 2e-2, "atol": 2e-3} if defined is muon else {"rtol": 1e-4, "atol": 1e-5}
     for name, expected in want.items():
         torch.testing.assert_close(arrays[name], expected, **close)
@@ -136,7 +136,7 @@ def reference_of(defined, arrays, hypers, dtype):
     given = {**hypers, "step": 2, "grad_scale": 0.5, "rows": arrays["param"].shape[0]}
     given["columns"] = arrays["param"].shape[1]
     program = program_of(defined)
-    program = stages(program, truths(program, given), dtype)[-1][1]
+    program = stages(program, compile_truths(program)(given), dtype)[-1][1]
     return reference.run_whole(program, arrays, given, compute=dtype, offset=384)
 
 
@@ -155,7 +155,7 @@ class Halves:
         return [[whole[: self.at] for whole in wholes[0]], [whole[self.at :] for whole in wholes[0]]]
 
 
-def combined(partials, count):
+def combined(partials, _):
     return [[torch.cat(parts) for parts in zip(*partials, strict=True)]] * 2
 
 
@@ -170,9 +170,12 @@ def test_parts_that_meet_at_an_owner_have_the_bits_of_the_whole(defined, shape):
         return Segment(0, 2, flat.pop("param"), flat.pop("grad"), flat, None, 0.5, part.start, shape)
 
     run = compile_rule(defined).update
-    run(Batch([segment(whole, slice(0, numel))], [(0, 2)], lambda sums, _: sums), [hypers])
+    run(Batch([segment(whole, slice(0, numel))], [Update(0, 2, shape)], lambda sums, _: sums), [hypers])
     owner = Halves(Whole(0, 2, shape, torch.float32, 0.5, 0), at)
-    run(Batch([segment(cut, slice(0, at)), segment(cut, slice(at, numel))], [(0, 2)], combined, owner), [hypers])
+    run(
+        Batch([segment(cut, slice(0, at)), segment(cut, slice(at, numel))], [Update(0, 2, shape)], combined, owner),
+        [hypers],
+    )
     for name, values in whole.items():
         assert torch.equal(cut[name], values), name
 
@@ -187,7 +190,7 @@ def test_where_products_are_exact_the_bits_are_those_of_the_reference():
     arrays = {"param": torch.arange(35.0).view(5, 7), "grad": (torch.arange(35.0).view(5, 7) % 5) - 2}
     want = reference_of(whole_numbers, arrays, {"lr": 1.0}, torch.float32)["param"]
     segment = Segment(0, 2, arrays["param"].view(-1), arrays["grad"].view(-1), {}, None, 0.5, 0, (5, 7))
-    compile_rule(whole_numbers).update(Batch([segment], [(0, 2)], lambda sums, _: sums), [{"lr": 1.0}])
+    compile_rule(whole_numbers).update(Batch([segment], [Update(0, 2, (5, 7))], lambda sums, _: sums), [{"lr": 1.0}])
     assert torch.equal(arrays["param"], want)
 
 
@@ -206,7 +209,7 @@ def test_rows_and_columns_beside_products_stay_on_the_reference():
     def both(param, grad):
         return param - row_mean(grad) * (grad @ (grad.T @ grad))
 
-    assert compile_rule(both).needs_whole_tensors
+    assert not compile_rule(both).is_shardable
     assert compile_rule(both).locality == "matrix"
 
 

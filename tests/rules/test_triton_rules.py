@@ -7,11 +7,11 @@ from functools import cache
 import pytest
 import torch
 
-from shardstep.optim.adamw import adamw
+from shardstep.optim.adam import adamw
 from shardstep.rules.backends.triton import compile_text, source
 from shardstep.rules.binding import Binding
 from shardstep.rules.lower import program_of
-from shardstep.rules.passes import compile_phases, truths
+from shardstep.rules.passes import compile_phases, compile_truths
 from tests.rules.examples import lamb, lion, sgd
 from tests.rules.test_triton import mnemonics
 
@@ -33,7 +33,9 @@ BASIC = ("add", "sub", "mul", "div", "sqrt", "fma")
 def phases_of(name, compute):
     rule, flags = RULES[name]
     program = program_of(rule)
-    return compile_phases(program, truths(program, {**rule.hyperparameters, "step": 2, **flags}), compute).phases
+    return compile_phases(
+        program, compile_truths(program)({**rule.hyperparameters, "step": 2, **flags}), compute
+    ).phases
 
 
 @cache

@@ -92,7 +92,7 @@ def norm_bytes(world_size: int) -> int:
     root = [parameter for name, parameter in plain.named_parameters() if not name.startswith("blocks.")]
     blocks = 0
     for own in [root, *(list(block.parameters()) for block in plain.blocks)]:
-        elements = sum(math.ceil(parameter.numel() / 128) * 128 for parameter in own)
+        elements = sum(math.ceil(parameter.numel() / 256) * 256 for parameter in own)
         blocks += math.ceil(math.ceil(elements / BLOCK) / world_size)
     return 8 * blocks * (world_size - 1)
 

@@ -61,7 +61,7 @@ def plain_run(dtype: torch.dtype, clip: bool) -> dict[str, Any]:
 def sharded_run(dtype: torch.dtype, clip: bool, options: dict[str, Any]) -> bytes:
     """This rank's losses and the whole result; as bytes, because tensors travel between processes as handles."""
     model = fresh(dtype)
-    optimizer = ss.optim.AdamW(groups_of(model), lr=1e-2)
+    optimizer = ss.optim.AdamW(groups_of(model), lr=1e-2, foreach=False)
     scheduler, losses, norms = schedule_of(optimizer), [], []
     sharded = ss.shard(model, optimizer, clip_norm=CLIP_NORM if clip else None, **options)
     for step in range(STEPS):

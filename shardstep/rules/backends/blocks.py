@@ -3,6 +3,13 @@
 A sum: in each block of 1,024 global positions, 16 float64 lanes (position mod 16) add in ascending order from +0;
 lanes 8 apart are added, then 4, 2 and 1. The blocks' partials are joined by a fixed binary tree. A maximum needs no
 order; NaN wins, and zeros give +0. Everything is float64 here; who asks rounds.
+
+The sum of a row or column needs no order, so its parts may be added anywhere and put together by adding: each term,
+as float64, is first rounded to a multiple of one number, the *grid*, which is so coarse that every sum of such terms
+is exact. With m the largest magnitude, 2^(e-1) <= m < 2^e, and n terms, 2^(l-1) < n <= 2^l, the grid is 2^(e+l-53):
+no sum of n such multiples has more than 53 bits. A term is off by half a grid at most, the sum by n/2 grids: for
+float32 terms far less than their own rounding. (x + M) - M rounds to the grid, where M is 1.5 * 2^(e+l-1), the
+*anchor*. A sum over an infinity or a NaN is NaN, and so is one of float64 whose anchor would be above 2^1023.
 """
 
 from typing import Any, Final
@@ -17,8 +24,8 @@ Array = NDArray[Any]
 LANES: Final = 16
 """Accumulators of a block: a place's is its position mod 16."""
 
-_ROW_SCRATCH: Final = 2**20
-"""Elements: so many rows are summed together as fit."""
+_LEAST_POWER, _GREATEST_POWER = -1022, 1022
+"""Of two, in anchors: the grid of the least is the least denormal; above the greatest, sums may overflow."""
 
 
 def blocks_touched(count: int, offset: int) -> int:
@@ -67,24 +74,34 @@ def reduce(operation: str, values: Array, offset: int = 0) -> Array:
     return combine(operation, partials(operation, values, offset))
 
 
-def row_sums(matrix: Array, offset: int) -> Array:
-    """Each row's sum, in a column: a row is a run of global positions of its own."""
-    rows, columns = matrix.shape
-    before = (offset + columns * np.arange(rows)) % BLOCK
-    blocks = -(-(BLOCK - 1 + columns) // BLOCK)
-    together = max(1, _ROW_SCRATCH // (blocks * BLOCK))
-    sums = np.zeros((rows, 1))
-    for start in range(0, rows, together):
-        part = matrix[start : start + together]
-        grid = np.zeros((len(part), blocks * BLOCK))
-        places = before[start : start + together, None] + np.arange(columns)
-        np.put_along_axis(grid, places, part, axis=1)
-        # A block that a row does not touch adds +0 at the end of the tree, which changes nothing.
-        parts = _block_sums(grid.reshape(-1, BLOCK)).reshape(len(part), blocks)
-        sums[start : start + together, 0] = combine("sum", parts.T)
-    return sums
+def line_max(values: Array, axis: int) -> Array:
+    """The largest of each row (axis 2) or column (axis 1) of a batch of matrices."""
+    return np.asarray(values.max(axis=axis, keepdims=True, initial=-np.inf) + values.dtype.type(0))
 
 
-def column_sums(matrix: Array) -> Array:
-    """Each column's sum, in a row: by the tree over the row index."""
-    return combine("sum", matrix.astype(np.float64)).reshape(1, -1)
+def line_sum(values: Array, largest: Array, axis: int) -> Array:
+    """The sum of each, in float64; ``largest``: the largest magnitude in each."""
+    anchor = anchors(largest, values.shape[axis])
+    return np.asarray(((values.astype(np.float64) + anchor) - anchor).sum(axis=axis, keepdims=True))
+
+
+def anchors(largest: Array, terms: int) -> Array:
+    """For sums of ``terms`` numbers of at most these magnitudes: M, so that sums of (x + M) - M are exact.
+
+    With ``largest`` < 2^e and ``terms`` <= 2^l, M is 1.5 * 2^k for k = e + l - 1, or e + 1 if that is more.
+    """
+    largest = np.asarray(largest, np.float64)
+    bits = max(terms - 1, 0).bit_length()
+    power = np.maximum(np.frexp(largest)[1] + max(bits - 1, 1), _LEAST_POWER)  # any will do where all terms are zero
+    known = (largest < np.inf) & (power <= _GREATEST_POWER)
+    return np.where(known, np.ldexp(1.5, power), np.nan)
+
+
+def no_lines(operation: str, count: int) -> Array:
+    """What rows or columns have of no element."""
+    return np.full(count, -np.inf if operation.endswith("max") else 0.0)
+
+
+def join_lines(operation: str, into: Array, others: Array) -> None:
+    """Put what lines have of other elements into what they have: in any order."""
+    (np.maximum if operation.endswith("max") else np.add)(into, others, out=into)

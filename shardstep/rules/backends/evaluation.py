@@ -21,6 +21,7 @@ from shardstep.rules.backends.elements import WORD, constant, evaluate
 from shardstep.rules.backends.rounding import NUMPY, read, write
 from shardstep.rules.scalars.arithmetic import ARITHMETIC, fault
 from shardstep.rules.scalars.evaluate import no_value
+from shardstep.rules.view import view_of
 
 Array = NDArray[Any]
 
@@ -42,10 +43,9 @@ def exactly() -> Iterator[None]:
 
 
 class Evaluation:
-    """One program on one tensor, which is seen as a matrix: its first dimension by all the others.
+    """One program on one tensor, which is seen as a batch of matrices: see `view`.
 
-    Values of `row` shape have the extent (rows, 1), of `column` shape (1, columns): numpy then joins them. Uniform
-    and tensor values are arrays without dimensions.
+    Uniform and tensor values are arrays without dimensions.
     """
 
     def __init__(
@@ -58,9 +58,7 @@ class Evaluation:
     ) -> None:
         self._program, self._arrays, self._hypers = program, arrays, hypers
         self._compute, self._offset = compute, offset
-        shape = arrays["param"].shape
-        self._rows = shape[0] if shape else 1
-        self._columns = math.prod(shape[1:])
+        self._view = view_of(tuple(arrays["param"].shape))
 
     def run(self, *, keep_all: bool) -> list[Array]:
         """The value of every instruction. Unless ``keep_all``, those that no later one needs are let go."""
@@ -73,16 +71,11 @@ class Evaluation:
                     values[argument] = None
         return values
 
-    def extent(self, name: str) -> tuple[int, ...]:
-        """The extent of an array's values."""
-        extents = {"element": (self._rows, self._columns), "row": (self._rows, 1), "column": (1, self._columns)}
-        return extents.get(self._program.shapes[name], ())
-
     def stored(self, name: str, value: Array) -> Tensor:
         """What the array becomes if it is given ``value``."""
         old = self._arrays[name].detach()
         new = torch.empty_like(old, memory_format=torch.contiguous_format)
-        if extent := self.extent(name):
+        if extent := self._view.extent(self._program.shapes[name]):
             value = value.astype(NUMPY[self._compute], copy=False)
         write(np.broadcast_to(value, extent).reshape(old.shape), new)
         return new
@@ -119,36 +112,42 @@ class Evaluation:
             case "pointwise":
                 return evaluate(line, arguments, self._compute)
             case "reduction":
-                of = self._program.instructions[line.arguments[0]].type.shape
-                return self._reduction(line.operation, arguments[0], of)
+                by_place = self._program.instructions[line.arguments[0]].type.shape == "element"
+                return reduce(line, arguments, self._compute, self._offset if by_place else 0)
         if line.operation == "transpose":
-            return np.ascontiguousarray(arguments[0].T)
+            return np.ascontiguousarray(arguments[0].swapaxes(-1, -2))
         # torch allots aligned memory, so the library's choice of kernel does not depend on the addresses.
         left, right = (torch.tensor(a, dtype=torch.float64) for a in arguments)
         return np.asarray((left @ right).numpy()).astype(NUMPY[self._compute])
 
     def _source(self, number: int, line: ir.Instruction) -> Array:
-        counts = {"numel": self._rows * self._columns, "rows": self._rows, "columns": self._columns}
         match line.operation:
             case "const":
                 return constant(line, self._compute)
             case "load":
                 name = str(line.attributes[0])
-                return read(self._arrays[name], self._compute).reshape(self.extent(name))
+                values = read(self._arrays[name], self._compute)
+                return values.reshape(self._view.extent(self._program.shapes[name]))
             case "hyper":
                 return np.asarray(scalars.evaluate(self._program, (number,), self._hypers, {})[0])
             case "index":
-                found = positions(self._offset, self._rows * self._columns, self._compute)
-                return found.reshape(self._rows, self._columns)
-        return np.asarray(float(counts[line.operation]))
+                found = positions(self._offset, self._view.numel, self._compute)
+                return found.reshape(self._view.extent("element"))
+        return np.asarray(float(getattr(self._view, line.operation)))
 
-    def _reduction(self, operation: str, values: Array, of: ir.Shape) -> Array:
-        """Elements are summed by their global positions; what has no such positions is counted from 0."""
-        if operation == "row_sum":
-            return blocks.row_sums(values, self._offset).astype(NUMPY[self._compute])
-        if operation == "column_sum":
-            return blocks.column_sums(values).astype(NUMPY[self._compute])
-        return blocks.reduce(operation, values.reshape(-1), self._offset if of == "element" else 0)
+
+def reduce(line: ir.Instruction, arguments: Sequence[Array], compute: torch.dtype, offset: int) -> Array:
+    """A reduction. What is one number for a tensor is float64; ``offset``: the global position of its first element.
+
+    Lines are rounded here.
+    """
+    if line.type.shape == "tensor":
+        return blocks.reduce(line.operation, arguments[0].reshape(-1), offset)
+    values, axis = arguments[0], 2 if line.type.shape == "row" else 1
+    if line.operation.endswith("max"):
+        return blocks.line_max(values, axis)
+    largest = arguments[1] if line.operation.endswith("total") else blocks.line_max(np.abs(values), axis)
+    return blocks.line_sum(values, largest, axis).astype(NUMPY[compute])
 
 
 def positions(first: int, numel: int, compute: torch.dtype) -> Array:

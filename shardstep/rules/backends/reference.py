@@ -5,6 +5,7 @@ flat arrays, for machines that have no other back end: in tiles and in place, on
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from shardstep.rules import ir
 from shardstep.rules.backends import blocks
+from shardstep.rules.backends.dynamic8 import MAPS
 from shardstep.rules.backends.elements import constant, evaluate
 from shardstep.rules.backends.evaluation import Evaluation, exactly, last_uses, positions
-from shardstep.rules.backends.rounding import NUMPY, read, write
-from shardstep.rules.binding import Binding, PhaseKernel
+from shardstep.rules.backends.rounding import NUMPY, raw_view, read, write
+from shardstep.rules.binding import CODED, Binding, Lines, PhaseKernel, cut_states, scale_name
 
 Array = NDArray[Any]
 
@@ -35,9 +37,9 @@ def run_whole(
 ) -> dict[str, Tensor]:
     """The new values of the arrays that ``program`` stores, each in the shape, dtype and device of its old one.
 
-    ``arrays``: param, grad and the states: of param's shape, or one number for each row (param's first dimension),
-    for each column (the others, flattened) or for the tensor. ``hypers``: numbers or tuples of them by name, with
-    ``step``. ``offset``: the global position of element 0. Raises RuleError where a per-step scalar has no value.
+    ``arrays``: param, grad and the states: of param's shape, or one number for each row, for each column (see `view`)
+    or for the tensor. ``hypers``: numbers or tuples of them by name, with ``step``. ``offset``: the global position of
+    element 0. Raises RuleError where a per-step scalar has no value.
     """
     with exactly():
         whole = Evaluation(program, arrays, hypers, compute, offset)
@@ -57,19 +59,38 @@ class _Kernel:
         self._last = last_uses(phase.body)
 
     def __call__(
-        self, arrays: Mapping[str, Tensor], scalars: Sequence[float], *, offset: int = 0, low: Tensor | None = None
+        self,
+        arrays: Mapping[str, Tensor],
+        scalars: Sequence[float],
+        *,
+        offset: int = 0,
+        low: Tensor | None = None,
+        lines: Lines | None = None,
     ) -> tuple[Tensor, ...]:
         numel = next(iter(arrays.values())).numel()
-        parts: dict[int, list[Array]] = {number: [] for number in self._sums}
+        flat_low = None if low is None else low.view(-1)
+        found: dict[int, list[Array]] = {number: [] for number in self._sums}
         with exactly():
             shared = self._shared(scalars)
             for start, stop in _tiles(offset, numel):
-                tile = {name: array[start:stop] for name, array in arrays.items()}
-                values = self._run(tile, shared, offset + start)
-                for number, found in parts.items():
-                    found.append(values[number])
-                self._store(values, tile, None if low is None else low[start:stop])
-        return tuple(torch.from_numpy(np.concatenate([np.empty(0), *found])) for found in parts.values())
+                tile = cut_states(arrays, start, stop)
+                values = self._run(tile, shared, offset + start, lines and replace(lines, start=lines.start + start))
+                for number, parts in found.items():
+                    parts.append(values[number])
+                self._store(values, tile, None if flat_low is None else flat_low[start:stop])
+            return tuple(torch.from_numpy(self._joined(n, parts, lines, numel)) for n, parts in found.items())
+
+    def _joined(self, number: int, parts: list[Array], lines: Lines | None, numel: int) -> Array:
+        """What a reduction has of all tiles. A tile's part of lines is (the first of them, values)."""
+        line = self._body.instructions[number]
+        if line.type.shape == "tensor" or lines is None:
+            return np.concatenate([np.empty(0), *parts])
+        touched = lines.touched(line.type.shape, numel)
+        joined = blocks.no_lines(line.operation, touched.stop - touched.start)
+        for first, values in parts:
+            own = joined[first - touched.start : first - touched.start + len(values)]
+            blocks.join_lines(line.operation, own, values)
+        return joined
 
     def _shared(self, scalars: Sequence[float]) -> dict[int, Array]:
         """What is the same for all elements: the scalars, the constants, and what is made of them."""
@@ -85,7 +106,9 @@ class _Kernel:
                 values[number] = evaluate(line, [values[a] for a in line.arguments], self._binding.compute)
         return values
 
-    def _run(self, tile: Mapping[str, Tensor], shared: Mapping[int, Array], position: int) -> list[Any]:
+    def _run(
+        self, tile: Mapping[str, Tensor], shared: Mapping[int, Array], position: int, lines: Lines | None
+    ) -> list[Any]:
         values: list[Any] = []
         numel = next(iter(tile.values())).numel()
         for number, line in enumerate(self._body.instructions):
@@ -94,11 +117,16 @@ class _Kernel:
                 continue
             arguments = [values[a] for a in line.arguments]
             if line.operation == "load":
-                values.append(read(tile[str(line.attributes[0])], self._binding.compute))
+                values.append(_read(tile, str(line.attributes[0]), self._binding.compute))
             elif line.operation == "index":
                 values.append(positions(position, numel, self._binding.compute))
-            elif number in self._sums:
+            elif line.operation == "hyper" and lines is not None:
+                vector = lines.vectors[int(str(line.attributes[0])[1:])].numpy()
+                values.append(vector[_lines(lines, line.type.shape, numel)])
+            elif number in self._sums and line.type.shape == "tensor":
                 values.append(blocks.partials(line.operation, np.broadcast_to(arguments[0], (numel,)), position))
+            elif number in self._sums and lines is not None:
+                values.append(_reduced(line, arguments, _lines(lines, line.type.shape, numel)))
             else:
                 values.append(evaluate(line, arguments, self._binding.compute))
             for argument in line.arguments:
@@ -113,9 +141,43 @@ class _Kernel:
             name: values[value].astype(dtype, copy=values[value].base is not None) for name, value in self._body.stores
         }
         for name, rounded in new.items():
-            write(rounded, tile[name])
+            _write(rounded, tile, name)
             if name == "param" and low is not None:
                 write(rounded, low)
+
+
+def _read(tile: Mapping[str, Tensor], name: str, compute: torch.dtype) -> Array:
+    if tile[name].dtype not in CODED:
+        return read(tile[name], compute)
+    codes, scale = (raw_view(tile[array].cpu()) for array in (name, scale_name(name)))
+    return MAPS[tile[name].dtype].decoded(codes, scale).astype(NUMPY[compute], copy=False)
+
+
+def _write(values: Array, tile: Mapping[str, Tensor], name: str) -> None:
+    if tile[name].dtype not in CODED:
+        write(values, tile[name])
+        return
+    found = MAPS[tile[name].dtype].encoded(np.broadcast_to(values, tile[name].shape))
+    for array, part in zip((name, scale_name(name)), found, strict=True):
+        tile[array].copy_(torch.from_numpy(part))
+
+
+def _lines(lines: Lines, shape: ir.Shape, numel: int) -> Array:
+    """The row or the column that each element lies in."""
+    places, (_, rows, columns) = np.arange(lines.start, lines.start + numel), lines.view
+    return places // columns if shape == "row" else places // (rows * columns) * columns + places % columns
+
+
+def _reduced(line: ir.Instruction, arguments: Sequence[Array], own: Array) -> tuple[int, Array]:
+    """(The first line that is touched, what each from there on has.)"""
+    first = int(own.min())
+    made = blocks.no_lines(line.operation, int(own.max()) - first + 1)
+    terms = arguments[0].astype(np.float64)
+    if line.operation.endswith("max"):
+        np.maximum.at(made, own - first, terms)
+        return first, made + 0.0
+    np.add.at(made, own - first, (terms + arguments[1]) - arguments[1])
+    return first, made
 
 
 def _tiles(offset: int, numel: int) -> Iterator[tuple[int, int]]:

@@ -2,7 +2,7 @@
 
     program     = "rule" NAME newline { state } { hyper } { instruction } { store }
     state       = "state" NAME SHAPE "=" ( NUMBER | "param" ) [ DTYPE ] newline
-    hyper       = "hyper" NAME [ COUNT ] newline                              COUNT entries, if it is a tuple
+    hyper       = "hyper" NAME [ COUNT | SHAPE ] newline                      COUNT entries, if it is a tuple
     instruction = "%" N "=" OPERATION { attribute } { "%" N } ":" KIND SHAPE [ "@" LINE ":" COLUMN ] newline
     store       = "store" NAME "%" N newline                                  the new param, or a new state
     KIND        = "real" | "bool" | "word"       the compute dtype, a truth value, its bits as an unsigned integer
@@ -11,8 +11,8 @@
 
 An instruction refers to earlier ones only; its number is its place in the list. A `uniform` is one number a step,
 the same for all tensors; a `tensor` value is one number for each tensor; `row` and `column` values, one for each
-row or column of the parameter seen as a matrix; an `element`, one for each of its elements (and r × c where whole
-matrices meet); `rr`, `cc` and `cr` are the other matrices that can be made of it.
+row or column of the parameter seen as matrices (`rules.view`); an `element`, one for each of its elements (and r × c
+where whole matrices meet); `rr`, `cc` and `cr` are the other matrices that can be made of it.
 
 `operations` says which operations there are; `program` holds them; `phase` cuts them into passes over memory, and
 `steps` those with matrix products; `text` prints and reads them; `verify` checks them. Uniform and tensor values are
@@ -21,7 +21,7 @@ other than the name that a state is stored in.
 """
 
 from shardstep.rules.ir.operations import OPERATIONS, Kind, Operation, Shape, Type
-from shardstep.rules.ir.phase import Phase, Phases
+from shardstep.rules.ir.phase import Phase, Phases, Vector
 from shardstep.rules.ir.program import Attribute, Builder, Hyper, Instruction, Place, Program, State
 from shardstep.rules.ir.steps import Buffer, Product, Step, Steps, Sweep, Turn
 from shardstep.rules.ir.text import parse_text, to_text
@@ -48,6 +48,7 @@ __all__ = [
     "Sweep",
     "Turn",
     "Type",
+    "Vector",
     "VerifyError",
     "parse_text",
     "to_text",

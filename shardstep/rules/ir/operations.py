@@ -10,6 +10,7 @@ nearest even, and stays real.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 Kind = Literal["real", "bool", "word"]
@@ -50,6 +51,11 @@ def _pointwise(takes: str, gives: Kind, names: str, attributes: int = 0) -> dict
     return {n: Operation("pointwise", tuple(kinds[t] for t in takes), gives, attributes) for n in names.split()}
 
 
+def _reductions(takes: str, names: str) -> dict[str, Operation]:
+    real: Kind = "real"
+    return {name: Operation("reduction", (real,) * len(takes), real) for name in names.split()}
+
+
 OPERATIONS: dict[str, Operation] = {
     # const NUMBER | load param, grad or a state | hyper NAME [INDEX] | the tensor's counts | the global index, low word
     "const": Operation("source", (), "real", 1),
@@ -72,11 +78,10 @@ OPERATIONS: dict[str, Operation] = {
     **_pointwise("w", "real", "from_bits"),
     **_pointwise("ww", "word", "word_add word_sub word_mul word_and word_or word_xor"),
     **_pointwise("w", "word", "word_shl word_shr", attributes=1),
-    # over a tensor, each row, each column: sums go block by block in a fixed tree, in float64
-    "sum": Operation("reduction", ("real",), "real"),
-    "max": Operation("reduction", ("real",), "real"),
-    "row_sum": Operation("reduction", ("real",), "real"),
-    "column_sum": Operation("reduction", ("real",), "real"),
+    # over a tensor, each row, each column: sums over tensors go block by block in a fixed tree, in float64; those of
+    # rows and columns are exact (see `backends.blocks`). A total is a sum of terms whose largest magnitude is known.
+    **_reductions("r", "sum max row_sum column_sum row_max column_max"),
+    **_reductions("rr", "row_total column_total"),
     "matmul": Operation("matrix", ("real", "real"), "real"),
     "transpose": Operation("matrix", ("real",), "real"),
 }
@@ -102,7 +107,8 @@ def join(shapes: Sequence[Shape]) -> Shape | None:
     return "element" if found <= {"row", "column", "element"} else None
 
 
-def result_type(operation: str, arguments: Sequence[Type]) -> Type | None:
+@cache  # there are few types, and every pass and every verification asks again
+def result_type(operation: str, arguments: tuple[Type, ...]) -> Type | None:
     """The type that ``operation`` gives; None if it cannot take ``arguments``. Not for ``const`` and ``load``."""
     signature = OPERATIONS[operation]
     if tuple(argument.kind for argument in arguments) != signature.takes:
@@ -119,7 +125,7 @@ def _result_shape(operation: str, family: str, shapes: list[Shape]) -> Shape | N
     if family == "pointwise":
         return join(shapes)
     if family == "reduction":
-        return _reduced(operation, shapes[0])
+        return _reduced(operation, shapes)
     dimensions = [_DIMENSIONS.get(shape) for shape in shapes]
     if operation == "transpose":
         return _MATRICES.get(dimensions[0][::-1]) if dimensions[0] else None
@@ -127,9 +133,10 @@ def _result_shape(operation: str, family: str, shapes: list[Shape]) -> Shape | N
     return _MATRICES[left[0] + right[1]] if left and right and left[1] == right[0] else None
 
 
-def _reduced(operation: str, shape: Shape) -> Shape | None:
-    if operation == "row_sum":
-        return "row" if shape == "element" else None
-    if operation == "column_sum":
-        return "column" if shape == "element" else None
-    return "tensor" if shape not in ("uniform", "tensor") else None
+def _reduced(operation: str, shapes: list[Shape]) -> Shape | None:
+    along, _, what = operation.rpartition("_")
+    if not along:
+        return "tensor" if shapes[0] not in ("uniform", "tensor") else None
+    line: Shape = "row" if along == "row" else "column"
+    fits = shapes[0] in ("element", "column" if line == "row" else "row")
+    return line if fits and (what != "total" or shapes[1] == line) else None

@@ -90,3 +90,7 @@ class Steps:
     tail: tuple[Step, ...]
     inward: tuple[int, ...]
     outward: tuple[int, ...]
+
+    @property
+    def all(self) -> tuple[Step, ...]:
+        return (*self.head, *self.middle, *self.tail)

@@ -15,10 +15,16 @@ def to_text(program: Program, *, places: bool = False) -> str:
     """One line an instruction; with ``places``, where in the source each came from."""
     lines = [f"rule {program.name}"]
     lines += [_state(state) for state in program.states]
-    lines += [f"hyper {h.name}" + (f" {h.count}" if h.count is not None else "") for h in program.hypers]
+    lines += [_hyper(hyper) for hyper in program.hypers]
     lines += [_instruction(i, line, places) for i, line in enumerate(program.instructions)]
     lines += [f"store {name} %{value}" for name, value in program.stores]
     return "\n".join(lines) + "\n"
+
+
+def _hyper(hyper: Hyper) -> str:
+    if hyper.shape != "uniform":
+        return f"hyper {hyper.name} {hyper.shape}"
+    return f"hyper {hyper.name}" + (f" {hyper.count}" if hyper.count is not None else "")
 
 
 def _state(state: State) -> str:
@@ -52,8 +58,12 @@ def parse_text(text: str) -> Program:
                     pass
                 case ["state", state, shape, "=", start, *dtype]:
                     states.append(State(state, _shape(shape), _start(start), *dtype))
-                case ["hyper", hyper, *count]:
-                    hypers.append(Hyper(hyper, *map(int, count)))
+                case ["hyper", hyper, ("row" | "column") as shape]:
+                    hypers.append(Hyper(hyper, shape=_shape(shape)))
+                case ["hyper", hyper]:
+                    hypers.append(Hyper(hyper))
+                case ["hyper", hyper, count]:
+                    hypers.append(Hyper(hyper, int(count)))
                 case ["store", array, value]:
                     stores.append((array, _number(value)))
                 case [index, "=", *rest] if index == f"%{len(instructions)}":

@@ -24,13 +24,13 @@ def _fault(program: Program, index: int, line: Instruction) -> str | None:
     operation = OPERATIONS.get(line.operation)
     if operation is None:
         return "no such operation"
-    if any(not 0 <= argument < index for argument in line.arguments):
+    if line.arguments and not 0 <= min(line.arguments) <= max(line.arguments) < index:
         return f"its arguments {line.arguments} must be numbers of earlier instructions"
     if line.operation in ("const", "load", "hyper"):
         return _fault_of_source(program, line)
     if len(line.attributes) != operation.attributes:
         return f"expected {operation.attributes} attributes, got {line.attributes}"
-    types = [program.instructions[argument].type for argument in line.arguments]
+    types = tuple([program.instructions[argument].type for argument in line.arguments])
     expected = result_type(line.operation, types)
     if expected is None:
         return f"it cannot take ({', '.join(map(str, types))})"
@@ -49,8 +49,8 @@ def _fault_of_source(program: Program, line: Instruction) -> str | None:
         expected = Type("real", program.shapes[str(name)])
         return None if line.type == expected else f"expected the type {expected}, got {line.type}"
     hyper = next((h for h in program.hypers if h.name == name), None)
-    if hyper is None or line.type.shape != "uniform" or line.type.kind == "word":
-        return f"no uniform hyper-parameter {name!r} of kind {line.type.kind}"
+    if hyper is None or line.type.shape != hyper.shape or line.type.kind == "word":
+        return f"no hyper-parameter {name!r} that is {line.type}"
     if hyper.count is None:
         return "an entry of what is not a tuple" if len(line.attributes) > 1 else None
     entry = line.attributes[1] if len(line.attributes) == 2 else None

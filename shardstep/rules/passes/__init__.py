@@ -6,7 +6,18 @@ the verifier between; `split` or `steps` comes last and makes what back ends run
 optimizer; only `stochastic` knows a dtype that an array is stored in.
 """
 
+from shardstep.rules.passes.dead import drop_dead
 from shardstep.rules.passes.pipeline import compile_phases, cut, cut_steps, stages
-from shardstep.rules.passes.specialise import compile_truths, conditions, truths, used_arrays
+from shardstep.rules.passes.specialise import compile_truths, conditions, specialise, used_arrays
 
-__all__ = ["compile_phases", "compile_truths", "conditions", "cut", "cut_steps", "stages", "truths", "used_arrays"]
+__all__ = [
+    "compile_phases",
+    "compile_truths",
+    "conditions",
+    "cut",
+    "cut_steps",
+    "drop_dead",
+    "specialise",
+    "stages",
+    "used_arrays",
+]

@@ -14,9 +14,7 @@ States and hyper-parameters stay declared. ``param`` is stored even if it did no
 written with it.
 """
 
-from dataclasses import replace
-
-from shardstep.rules.ir import Program
+from shardstep.rules.ir import Builder, Program
 
 
 def drop_dead(program: Program) -> Program:
@@ -41,9 +39,10 @@ def reachable(program: Program, values: list[int]) -> list[int]:
 def renumbered(program: Program, alive: list[int], stores: list[tuple[str, int]]) -> Program:
     """The program of these instructions and stores only."""
     numbers = {old: new for new, old in enumerate(alive)}
-    lines = [program.instructions[old] for old in alive]
-    lines = [replace(line, arguments=tuple(numbers[a] for a in line.arguments)) for line in lines]
-    return program.with_instructions(lines, [(name, numbers[value]) for name, value in stores])
+    builder = Builder(program.shapes)
+    for line in map(program.instructions.__getitem__, alive):
+        builder.copy(line, tuple([numbers[argument] for argument in line.arguments]))
+    return program.with_instructions(builder.instructions, [(name, numbers[value]) for name, value in stores])
 
 
 def _is_as_it_was(program: Program, name: str, value: int) -> bool:

@@ -1,6 +1,6 @@
 """All passes in their order, the verifier between them.
 
-    gradient · [stochastic] · specialise · constants · dead · elementary
+    gradient · [stochastic] · specialise · exact · constants · dead · elementary
     · { constants · strength · common · dead } · split | steps
 
 What is in brackets runs if it is asked for. The braces are gone through until nothing changes: sharing can make two
@@ -16,6 +16,7 @@ from shardstep.rules.passes.common import share_common
 from shardstep.rules.passes.constants import fold_constants
 from shardstep.rules.passes.dead import drop_dead
 from shardstep.rules.passes.elementary import expand
+from shardstep.rules.passes.exact import find_largest
 from shardstep.rules.passes.gradient import scale_gradient
 from shardstep.rules.passes.specialise import specialise
 from shardstep.rules.passes.split import split
@@ -34,7 +35,7 @@ _SIMPLIFYING: tuple[tuple[str, Pass], ...] = (
 
 
 def compile_phases(program: Program, truths: Sequence[bool], compute: torch.dtype) -> Phases:
-    """The phases of ``program`` for these `truths` of its conditions, in this compute dtype.
+    """The phases of ``program`` for these truths of its conditions, in this compute dtype.
 
     The gradient's scale is put in: the phases' scalars need a hyper-parameter ``grad_scale``.
     """
@@ -54,7 +55,7 @@ def cut_steps(program: Program) -> Steps:
     """The steps of a program with matrix products that has been through `stages`."""
     steps = split_steps(program)
     verify(steps.program, "steps")
-    for step in (*steps.head, *steps.middle, *steps.tail):
+    for step in steps.all:
         if isinstance(step, Sweep):
             verify(step.phase.body, "steps")
     return steps
@@ -69,12 +70,13 @@ def stages(
     found = [("ir", verify(program))]
 
     def run(name: str, change: Pass) -> None:
-        found.append((name, verify(change(found[-1][1]), name)))
+        found.append((name, _changed(found[-1][1], name, change)))
 
     run("gradient", scale_gradient)
     if rounded is not None:
         run("stochastic", lambda given: round_stochastically(given, rounded))
     run("specialise", lambda given: specialise(given, truths))
+    run("exact", find_largest)
     run("constants", fold_constants)
     run("dead", drop_dead)
     run("elementary", lambda given: expand(given, compute))
@@ -89,8 +91,14 @@ def _round(program: Program) -> list[tuple[str, Program]]:
     """The simplifying passes that still change something, and what they give."""
     changed: list[tuple[str, Program]] = []
     for name, change in _SIMPLIFYING:
-        after = verify(change(program), name)
+        after = _changed(program, name, change)
         if after != program:
             changed.append((name, after))
         program = after
     return changed
+
+
+def _changed(program: Program, name: str, change: Pass) -> Program:
+    """The program after the pass. One that the pass gives back as it was has been verified."""
+    after = change(program)
+    return after if after is program else verify(after, name)

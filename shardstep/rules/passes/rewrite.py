@@ -10,11 +10,14 @@ Change: TypeAlias = Callable[[Builder, Instruction, tuple[int, ...]], int | None
 
 
 def rewrite(program: Program, change: Change) -> Program:
-    """The program with every instruction put through ``change``. What became useless stays: see `dead`."""
+    """The program with every instruction put through ``change``, itself if that changes nothing.
+
+    What became useless stays: see `dead`.
+    """
     builder = Builder(program.shapes)
     numbers: list[int] = []
     for line in program.instructions:
-        arguments = tuple(numbers[argument] for argument in line.arguments)
+        arguments = tuple([numbers[argument] for argument in line.arguments])
         changed = change(builder, line, arguments)
         numbers.append(builder.copy(line, arguments) if changed is None else changed)
     return program.with_instructions(builder.instructions, [(name, numbers[value]) for name, value in program.stores])

@@ -33,8 +33,30 @@ def conditions(program: Program) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def truths(program: Program, hypers: Mapping[str, object]) -> tuple[bool, ...]:
-    """Which way each condition goes. One that only an untaken branch asks for is not evaluated, and is False."""
+def compile_truths(program: Program) -> TruthFunction:
+    """Which way each condition goes, as a function fast enough to be asked at every step.
+
+    One that only an untaken branch asks for is not evaluated, and is False.
+    """
+    if not conditions(program):
+        return lambda hypers: ()
+    function = compile_scalars(program, conditions(program))
+    seen: dict[tuple[float, ...], tuple[bool, ...]] = {}
+
+    def fast(hypers: Mapping[str, object]) -> tuple[bool, ...]:
+        try:
+            raw = function(hypers, {})
+        except RuleError:  # perhaps in an untaken branch
+            return _truths(program, hypers)
+        if raw not in seen:
+            seen[raw] = _truths(program, hypers)
+        return seen[raw]
+
+    return fast
+
+
+def _truths(program: Program, hypers: Mapping[str, object]) -> tuple[bool, ...]:
+    """The meaning of `compile_truths`."""
     found: dict[int, bool] = {}
     seen: set[int] = set()
     stack = [value for _, value in program.stores]
@@ -52,23 +74,6 @@ def truths(program: Program, hypers: Mapping[str, object]) -> tuple[bool, ...]:
             found[condition] = bool(evaluate(program, (condition,), hypers, {})[0])
         stack.append(yes if found[condition] else no)
     return tuple(found.get(condition, False) for condition in conditions(program))
-
-
-def compile_truths(program: Program) -> TruthFunction:
-    """`truths` of one program, fast enough to be asked at every step."""
-    function = compile_scalars(program, conditions(program))
-    seen: dict[tuple[float, ...], tuple[bool, ...]] = {}
-
-    def fast(hypers: Mapping[str, object]) -> tuple[bool, ...]:
-        try:
-            raw = function(hypers, {})
-        except RuleError:  # perhaps in an untaken branch
-            return truths(program, hypers)
-        if raw not in seen:
-            seen[raw] = truths(program, hypers)
-        return seen[raw]
-
-    return fast
 
 
 def used_arrays(program: Program, hypers: Mapping[str, object]) -> set[str]:

@@ -22,7 +22,7 @@ from shardstep.errors import RuleError
 from shardstep.rules.ir import Buffer, Builder, Hyper, Phase, Product, Program, Shape, State, Step, Steps, Sweep, Turn
 from shardstep.rules.passes.dead import drop_dead
 from shardstep.rules.passes.parts import HEAD, MIDDLE, TAIL, Parts
-from shardstep.rules.passes.split import carry_truths, scalar
+from shardstep.rules.passes.split import carried, carry
 from shardstep.rules.scalars.wording import where
 
 _EXTENTS: Final[tuple[Shape, ...]] = ("element", "rr", "cc", "cr")
@@ -64,7 +64,7 @@ class _Cutter:
         self._find_levels()
         self._place_stores()
         self._keep_what_is_read_elsewhere()
-        self._carrying, self._carriers = carry_truths(self._program, self._parts.hosted)
+        self._carrying, self._carriers = carry(self._program, self._parts.hosted)
         head, middle, tail = (tuple(self._part(part)) for part in (HEAD, MIDDLE, TAIL))
         buffers = {number: self._buffer(number) for number in sorted(self._kept)}
         inward, outward = self._read_in(middle, HEAD), self._read_in((*head, *tail), MIDDLE)
@@ -230,7 +230,7 @@ class _Cutter:
                 numbers[old] = builder.load(self._name(old), line.place)
                 buffers.add(old)
             elif self._parts.hosted[old] and line.operation != "const":
-                numbers[old] = scalar(builder, line, len(scalars))
+                numbers[old] = carried(builder, line, builder.hyper(f"s{len(scalars)}", place=line.place))
                 scalars.append(self._carriers.get(old, old))
             else:
                 numbers[old] = builder.copy(line, tuple(numbers[a] for a in self._parts.made_of[old]))

@@ -5,8 +5,8 @@ one fast function of all the scalars of a phase; `wording` writes an expression 
 an element or a compute dtype.
 """
 
-from shardstep.rules.scalars.compiled import Scalars, compile_scalars
+from shardstep.rules.scalars.compiled import Scalars, compile_scalars, uniform_values
 from shardstep.rules.scalars.evaluate import evaluate
 from shardstep.rules.scalars.wording import expression
 
-__all__ = ["Scalars", "compile_scalars", "evaluate", "expression"]
+__all__ = ["Scalars", "compile_scalars", "evaluate", "expression", "uniform_values"]

@@ -81,6 +81,16 @@ def compile_scalars(program: Program, wanted: Sequence[int]) -> Scalars:
     return _function(text, lambda hypers, known: evaluate(program, wanted, hypers, known), program.name)
 
 
+def uniform_values(program: Program) -> list[int]:
+    """The uniform values that an update needs, however its sums turn out."""
+    found = {value for _, value in program.stores}
+    for line in program.instructions:
+        lazy = line.operation == "where" and line.type.is_single
+        if line.type.shape != "uniform" and not lazy:
+            found.update(line.arguments)
+    return sorted(number for number in found if _is_uniform(program, number))
+
+
 def _function(text: str, again: Scalars, name: str) -> Scalars:
     namespace = {**_NAMESPACE, "again": again}
     exec(compile(text, f"<scalars of the rule {name}>", "exec"), namespace)

@@ -1,6 +1,7 @@
 """Programs worked out in numpy, straight from the table of operations: float32 elements, float64 uniform values.
 
-A second opinion for the tests of the passes: it shares no code with shardstep but the program itself.
+A second opinion for the tests of the passes: it shares no code with shardstep but the program itself. Its arrays are of
+one row, so a row is one number for all, and a column is one element.
 """
 
 import math
@@ -19,24 +20,25 @@ Arrays = Mapping[str, np.ndarray]
 def run(program: Program, arrays: Arrays, hypers: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], list[Any]]:
     """(the new arrays, every value). Raises ArithmeticError or ValueError where Python's math does."""
     values: list[Any] = []
-    n = arrays["param"].size
     with np.errstate(all="ignore"):
         for line in program.instructions:
             arguments = [values[argument] for argument in line.arguments]
             values.append(_value(line.operation, line.attributes, arguments, arrays, hypers))
-        stored = {name: np.broadcast_to(np.float32(values[v]), n) for name, v in program.stores}
+        stored = {name: np.broadcast_to(np.float32(values[v]), arrays[name].size) for name, v in program.stores}
     return {name: stored.get(name, array) for name, array in arrays.items()}, values
 
 
 def run_phases(phases: Phases, arrays: Arrays, hypers: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The same by way of phases and the host's scalars."""
-    n = arrays["param"].size
-    known = {i: float(n) for i, line in enumerate(phases.program.instructions) if line.operation == "numel"}
+    after, whole = run(phases.program, arrays, hypers)
+    lines = enumerate(phases.program.instructions)
+    known = {i: float(whole[i]) for i, line in lines if line.operation in ("numel", "rows", "columns", "sum", "max")}
     for phase in phases.phases:
         scalars = compile_scalars(phases.program, phase.scalars)(hypers, known)
-        new, values = run(phase.body, arrays, {f"s{i}": value for i, value in enumerate(scalars)})
-        known |= {whole: float(values[own]) for own, whole in phase.sums}
-    return new
+        given = {f"s{i}": value for i, value in enumerate(scalars)}
+        new, values = run(phase.body, arrays, given | {f"v{i}": whole[v.number] for i, v in enumerate(phase.vectors)})
+        assert all(np.array_equal(values[own], whole[number], equal_nan=True) for own, number in phase.sums)
+    return {name: new[name] if phases.program.shapes[name] == "element" else after[name] for name in new}
 
 
 def _value(operation: str, attributes: tuple[Any, ...], arguments: list[Any], arrays: Arrays, hypers: Any) -> Any:
@@ -49,8 +51,10 @@ def _value(operation: str, attributes: tuple[Any, ...], arguments: list[Any], ar
             return given[attributes[1]] if len(attributes) > 1 else given
         case "load":
             return arrays[attributes[0]]
-        case "numel":
+        case "numel" | "columns":
             return float(arrays["param"].size)
+        case "rows":
+            return 1.0
         case "index":
             return np.arange(arrays["param"].size, dtype=np.uint32)
         case "choose":
@@ -61,6 +65,14 @@ def _value(operation: str, attributes: tuple[Any, ...], arguments: list[Any], ar
             return _sum(arguments[0])
         case "max":
             return float(np.max(arguments[0]))
+        case "row_sum" | "row_total":
+            return _sum_of_row(arguments[0])
+        case "row_max":
+            return np.max(arguments[0], keepdims=True)
+        case "column_max":
+            return arguments[0]
+        case "column_sum" | "column_total":
+            return np.where(np.isfinite(arguments[0]), arguments[0] + np.float32(0), np.float32(np.nan))
     arguments = [a if isinstance(a, np.ndarray) else _scalar(a, arguments) for a in arguments]
     if operation in _HOST and not any(isinstance(a, np.ndarray) for a in arguments):
         return _HOST[operation](*map(float, arguments))
@@ -72,6 +84,14 @@ def _scalar(value: Any, arguments: list[Any]) -> Any:
     if isinstance(value, bool | np.bool_ | np.uint32):
         return value
     return np.float32(value) if any(isinstance(a, np.ndarray) for a in arguments) else np.float64(value)
+
+
+def _sum_of_row(x: np.ndarray) -> np.ndarray:
+    """Of multiples of one power of two, as whole numbers."""
+    if not np.isfinite(x).all():
+        return np.float32([np.nan])
+    grid = 2.0 ** (math.frexp(float(np.abs(x).max()))[1] + (x.size - 1).bit_length() - 53)
+    return np.float32([sum(round(float(value) / grid) for value in x) * grid])
 
 
 def _sum(x: np.ndarray) -> float:
@@ -102,6 +122,14 @@ def _fma(a: Any, b: Any, c: Any) -> Any:
     return np.where(inexact, np.nextafter(total, np.where(error > 0, np.inf, -np.inf)), total).astype(np.float32)
 
 
+def bfloat16(x: Any) -> Any:
+    """To nearest even, by scaling: exact in float64 for float32 and float64 values."""
+    wide = np.float64(x)
+    scale = np.maximum(np.frexp(np.where(np.isfinite(wide), wide, 1.0))[1], -125) - 8
+    near = np.ldexp(np.rint(np.ldexp(wide, -scale)), scale)
+    return np.where(np.abs(near) >= 2.0**128, np.copysign(np.inf, near), near).astype(x.dtype)[()]
+
+
 _SHIFTS = {"word_shl": operator.lshift, "word_shr": operator.rshift}
 _HOST: dict[str, Callable[..., float]] = {
     "exp": math.exp,
@@ -115,6 +143,7 @@ _POINTWISE: dict[str, Callable[..., Any]] = {
     "abs": np.abs,
     "sign": lambda x: np.where(x > 0, x.dtype.type(1), np.where(x < 0, x.dtype.type(-1), x.dtype.type(0)))[()],
     "sqrt": np.sqrt,
+    "bfloat16": bfloat16,
     "add": operator.add,
     "sub": operator.sub,
     "mul": operator.mul,

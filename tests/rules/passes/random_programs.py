@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from shardstep.rules.ir import Builder, Hyper, Program, State, verify
 
-_UNARY = ["neg", "abs", "sign", "sqrt"]
+_UNARY = ["neg", "abs", "sign", "sqrt", "bfloat16"]
 _BINARY = ["add", "sub", "mul", "div", "minimum", "maximum"]
 _CONSTANTS = [0.0, -0.0, 1.0, -1.0, 2.0, 0.25, 0.1, 3.0, 2.0**100, 2.0**-127, 1e-8]
 

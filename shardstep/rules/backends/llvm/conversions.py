@@ -9,7 +9,12 @@ import torch
 
 from shardstep.rules.backends.llvm.code import Code, hexadecimal
 
-STORED: Final = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "i16", torch.float16: "i16"}
+STORED: Final = {
+    torch.float32: "float",
+    torch.float64: "double",
+    **dict.fromkeys((torch.bfloat16, torch.float16), "i16"),
+    **dict.fromkeys((torch.int8, torch.uint8), "i8"),
+}
 """What a dtype is in memory."""
 
 

@@ -5,6 +5,7 @@ Small calls must be cheap, so whatever can be known beforehand is.
 
 import ctypes
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -13,15 +14,16 @@ from torch import Tensor
 
 from shardstep.errors import ConfigError
 from shardstep.rules import cache
-from shardstep.rules.backends.blocks import blocks_touched
-from shardstep.rules.backends.llvm.body import Job
+from shardstep.rules.backends.blocks import blocks_touched, join_lines, no_lines
+from shardstep.rules.backends.llvm.body import Job, Reduction
 from shardstep.rules.backends.llvm.row import cuts, layout_of
 from shardstep.rules.backends.llvm.target import TargetUnsupported
 from shardstep.rules.backends.llvm.text import module_text
 from shardstep.rules.backends.llvm.threads import Call, run_all
-from shardstep.rules.binding import Binding
+from shardstep.rules.binding import CODED, Binding, Lines, cut_states, scale_name
 from shardstep.rules.ir import Phase
 from shardstep.types import BLOCK_NUMEL as BLOCK
+from shardstep.types import SCALED_NUMEL
 
 if TYPE_CHECKING:
     from shardstep.rules.backends.llvm.compiler import Loaded
@@ -45,6 +47,7 @@ class Row(NamedTuple):
     scalars: Sequence[float]
     offset: int = 0
     low: Tensor | None = None
+    lines: Lines | None = None
 
 
 def compile_phase(phase: Phase, binding: Binding, *, target: str | None = None) -> "LlvmKernel":
@@ -94,27 +97,37 @@ class LlvmKernel:
         self._run = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(loaded.address)
         stored, layout = dict(job.binding.stored), job.layout
         self._names = layout.arrays
-        # Of an element of each array, and of low.
-        self._sizes = [*(stored[name].itemsize for name in layout.arrays), job.low.itemsize if job.low else 0]
+        scales = {scale_name(name) for name in layout.arrays if stored[name] in CODED}
+        # Elements of an entry, and its bytes, of each array and of low.
+        self._sizes = [(SCALED_NUMEL if name in scales else 1, stored[name].itemsize) for name in layout.arrays]
+        self._sizes.append((1, job.low.itemsize if job.low else 0))
         self._low, self._writes_low = job.binding.low, job.low is not None
-        self._reductions = layout.reductions
+        self._reductions, self._lines = job.reductions, job.phase.has_lines
         self._pack = layout.format.pack
 
     def __call__(
-        self, arrays: Mapping[str, Tensor], scalars: Sequence[float], *, offset: int = 0, low: Tensor | None = None
+        self,
+        arrays: Mapping[str, Tensor],
+        scalars: Sequence[float],
+        *,
+        offset: int = 0,
+        low: Tensor | None = None,
+        lines: Lines | None = None,
     ) -> tuple[Tensor, ...]:
         """Run it in place on one tensor; see `PhaseKernel`."""
-        if self._reductions or arrays[self._names[0]].numel() > WORTH_THREADS:
-            return self.many([Row(arrays, scalars, offset, low)])[0]
-        tensors = [arrays[name] for name in self._names]
-        count = tensors[0].numel()
-        self._run(self._pack(*map(_address, tensors), self._address_of_low(low), count, offset, *scalars), 1)
+        if self._reductions or self._lines or (count := arrays[self._names[0]].numel()) > WORTH_THREADS:
+            return self.many([Row(arrays, scalars, offset, low, lines)])[0]
+        self._run(self._pack(*self._addresses(arrays, low), count, offset, *scalars), 1)
         return ()
 
     def many(self, rows: Sequence[Row]) -> list[tuple[Tensor, ...]]:
         """Run it in place on many tensors, in one call or in a few by several threads; the partials of each row."""
         counts = [next(iter(row.arrays.values())).numel() for row in rows]  # a phase may use none but the index
-        rooms = [self._room(count, row.offset) for count, row in zip(counts, rows, strict=True)]
+        if any(reduction.along for reduction in self._reductions):
+            return self._many_of_lines(rows, counts)
+        rooms: list[list[Tensor]] = [[]] * len(rows)
+        if self._reductions:
+            rooms = [self._room(count, row) for count, row in zip(counts, rows, strict=True)]
         total, threads = sum(counts), torch.get_num_threads()
         if total <= WORTH_THREADS or threads == 1:
             threads, length = 1, total + BLOCK
@@ -123,17 +136,56 @@ class LlvmKernel:
         run_all(self._run, self._calls(rows, counts, rooms, length), threads)
         return [tuple(room) for room in rooms]
 
+    def _many_of_lines(self, rows: Sequence[Row], counts: Sequence[int]) -> list[tuple[Tensor, ...]]:
+        """Many tensors whose rows or columns are reduced: no two threads may add to the same numbers."""
+        threads = torch.get_num_threads()
+        large = [count > WORTH_THREADS and threads > 1 for count in counts]
+        made = [self._in_parts(row, threads) if cut else () for row, cut in zip(rows, large, strict=True)]
+        whole = [(i, rows[i], self._room(counts[i], rows[i])) for i, cut in enumerate(large) if not cut]
+        calls = []
+        for turn in range(threads):  # some of the tensors for each
+            pieces = [self._whole_piece(row, room) for _, row, room in whole[turn::threads]]
+            calls += [(b"".join(pieces), len(pieces))] if pieces else []
+        run_all(self._run, calls, threads if sum(counts) > WORTH_THREADS else 1)
+        for i, _, room in whole:
+            made[i] = tuple([values.double() for values in room])
+        return made
+
+    def _in_parts(self, row: Row, threads: int) -> tuple[Tensor, ...]:
+        """One large tensor: each thread has a part, and numbers of its own to add to."""
+        count = next(iter(row.arrays.values())).numel()
+        ends = list(cuts(count, row.offset, -(-count // threads) + BLOCK))
+        parts = [_part(row, begin, end) for begin, end in ends]
+        rooms = [self._room(end - begin, part) for (begin, end), part in zip(ends, parts, strict=True)]
+        calls = [(self._whole_piece(part, room), 1) for part, room in zip(parts, rooms, strict=True)]
+        run_all(self._run, calls, threads)
+        return tuple(self._joined(reduction, row, ends, rooms) for reduction in self._reductions)
+
+    def _joined(self, reduction: Reduction, row: Row, ends: list[tuple[int, int]], rooms: list[list[Tensor]]) -> Tensor:
+        parts = [room[reduction.number].double() for room in rooms]
+        if reduction.along is None or row.lines is None:
+            return torch.cat([torch.empty(0, dtype=torch.float64), *parts])
+        start, shape = row.lines.start, reduction.line.type.shape
+        touched = row.lines.touched(shape, ends[-1][1] if ends else 0)
+        whole = torch.from_numpy(no_lines(reduction.line.operation, touched.stop - touched.start))
+        for (begin, end), values in zip(ends, parts, strict=True):
+            own = row.lines.view.touched(shape, start + begin, start + end)
+            into = whole[own.start - touched.start : own.stop - touched.start]
+            join_lines(reduction.line.operation, into.numpy(), values.numpy())
+        return whole
+
     def _calls(self, rows: Sequence[Row], counts: list[int], rooms: list[list[Tensor]], length: int) -> list[Call]:
         """Tables of about ``length`` elements each: long rows are cut, short ones go together."""
         calls, packed, size = list[Call](), list[bytes](), 0
         for row, count, room in zip(rows, counts, rooms, strict=True):
-            addresses = self._addresses(row, room)
+            addresses, partials = self._addresses(row.arrays, row.low), self._partials(row, room)
             if size + count <= length - BLOCK:  # the usual case of many small ones
-                packed.append(self._piece(row, addresses, 0, count))
+                lines = self._of_lines(row, 0)
+                packed.append(self._pack(*addresses, count, row.offset, *partials, *lines, *row.scalars))
                 size += count
                 continue
             for begin, end in cuts(count, row.offset, length):
-                packed.append(self._piece(row, addresses, begin, end))
+                packed.append(self._piece(row, addresses, partials, begin, end))
                 size += end - begin
                 if size > length - BLOCK:
                     calls.append((b"".join(packed), len(packed)))
@@ -142,29 +194,64 @@ class LlvmKernel:
             calls.append((b"".join(packed), len(packed)))
         return calls
 
-    def _room(self, count: int, offset: int) -> list[Tensor]:
+    def _room(self, count: int, row: Row) -> list[Tensor]:
         """For the partials of a row."""
-        if not self._reductions:
-            return []
-        return list(torch.empty(self._reductions, blocks_touched(count, offset), dtype=torch.float64))
+        room = []
+        for reduction in self._reductions:
+            if reduction.along is None or row.lines is None:
+                room.append(torch.empty(blocks_touched(count, row.offset), dtype=torch.float64))
+                continue
+            touched = row.lines.touched(reduction.line.type.shape, count)
+            dtype = torch.float64 if reduction.type == "double" else torch.float32
+            room.append(torch.full((touched.stop - touched.start,), reduction.empty, dtype=dtype))
+        return room
 
-    def _addresses(self, row: Row, room: list[Tensor]) -> list[int]:
-        arrays = row.arrays
+    def _partials(self, row: Row, room: list[Tensor]) -> list[int]:
+        """Where they go: those of rows and columns counted from the tensor's first one."""
+        found = [*map(_address, room)]
+        if row.lines is not None:
+            count = next(iter(row.arrays.values())).numel()
+            for reduction in self._reductions:
+                if reduction.along is not None:
+                    first = row.lines.touched(reduction.line.type.shape, count).start
+                    found[reduction.number] -= first * room[reduction.number].itemsize
+        return found
+
+    def _addresses(self, arrays: Mapping[str, Tensor], low: Tensor | None) -> list[int]:
+        """Of the arrays, and of low, or 0."""
         found = [arrays[name].data_ptr() for name in self._names]
-        return [*found, self._address_of_low(row.low), *map(_address, room)]
+        if self._writes_low if low is None else self._low is None:
+            raise self._misfit(low)
+        found.append(0 if low is None else low.data_ptr())
+        return found
 
-    def _piece(self, row: Row, addresses: list[int], begin: int, end: int) -> bytes:
+    def _whole_piece(self, row: Row, room: list[Tensor]) -> bytes:
+        count = next(iter(row.arrays.values())).numel()
+        return self._piece(row, self._addresses(row.arrays, row.low), self._partials(row, room), 0, count)
+
+    def _piece(self, row: Row, addresses: list[int], partials: list[int], begin: int, end: int) -> bytes:
         """Elements ``begin`` to ``end`` of a row, as a row of their own."""
-        position, split = row.offset + begin, len(self._sizes)
-        if begin:
-            block = position // BLOCK - row.offset // BLOCK
-            moved = [address + begin * size for address, size in zip(addresses, self._sizes, strict=False)]
-            addresses = moved + [address + 8 * block for address in addresses[split:]]
-        return self._pack(*addresses[:split], end - begin, position, *addresses[split:], *row.scalars)
+        position = row.offset + begin
+        block = position // BLOCK - row.offset // BLOCK
+        moved = [address + begin // per * size for address, (per, size) in zip(addresses, self._sizes, strict=True)]
+        sums = [address + 8 * block for address in partials]
+        return self._pack(*moved, end - begin, position, *sums, *self._of_lines(row, begin), *row.scalars)
 
-    def _address_of_low(self, low: Tensor | None) -> int:
-        if self._writes_low and low is None:
-            raise ConfigError(f"expected a tensor for the {self._low} copy of the new param, got none; pass low=")
-        if self._low is None and low is not None:
-            raise ConfigError(f"expected no low copy, got one of {low.dtype}; bind the phase with that dtype as low")
-        return low.data_ptr() if low is not None else 0
+    def _of_lines(self, row: Row, begin: int) -> list[int]:
+        if not self._lines:
+            return []
+        if row.lines is None:
+            raise ConfigError("expected where the rows and columns of the run are, got nothing; pass lines=")
+        (_, rows, columns), vectors = row.lines.view, row.lines.vectors
+        return [row.lines.start + begin, columns, rows, *map(_address, vectors)]
+
+    def _misfit(self, low: Tensor | None) -> ConfigError:
+        if low is None:
+            return ConfigError(f"expected a tensor for the {self._low} copy of the new param, got none; pass low=")
+        return ConfigError(f"expected no low copy, got one of {low.dtype}; bind the phase with that dtype as low")
+
+
+def _part(row: Row, begin: int, end: int) -> Row:
+    """Elements ``begin`` to ``end``, from where a scale begins."""
+    lines = None if row.lines is None else replace(row.lines, start=row.lines.start + begin)
+    return row._replace(arrays=cut_states(row.arrays, begin, end), offset=row.offset + begin, lines=lines)

@@ -1,8 +1,10 @@
 """What the compiled code is given for one run of elements: a row of 8-byte words, the same for writer and reader.
 
-    array addresses | address of low, or 0 | count | offset | address of the partials of each reduction | scalars
+    array addresses | address of low, or 0 | count | offset | address of the partials of each reduction
+    | place in the tensor, columns, rows, addresses of the vectors (for a phase with rows and columns) | scalars
 
-A table is rows one after another, so that one call serves many tensors. Nothing here touches memory.
+The partials of a row or column reduction are addressed as if they began with the tensor's first line. A table is rows
+one after another, so that one call serves many tensors. Nothing here touches memory.
 """
 
 import struct
@@ -17,11 +19,14 @@ from shardstep.types import BLOCK_NUMEL as BLOCK
 
 @dataclass(frozen=True)
 class RowLayout:
-    """``arrays``: those that the phase touches, in the binding's order; the rest are counts."""
+    """``arrays``: those that the phase touches, in the binding's order; the rest are counts. ``vectors``: None for a
+    phase without rows and columns.
+    """
 
     arrays: tuple[str, ...]
     reductions: int
     scalars: int
+    vectors: int | None = None
 
     @property
     def low(self) -> int:
@@ -41,8 +46,12 @@ class RowLayout:
         return self.low + 3
 
     @property
-    def first_scalar(self) -> int:
+    def first_of_lines(self) -> int:
         return self.first_partials + self.reductions
+
+    @property
+    def first_scalar(self) -> int:
+        return self.first_of_lines + (0 if self.vectors is None else 3 + self.vectors)
 
     @property
     def words(self) -> int:
@@ -59,8 +68,8 @@ def layout_of(phase: Phase, binding: Binding) -> RowLayout:
     body = phase.body
     touched = {str(line.attributes[0]) for line in body.instructions if line.operation == "load"}
     touched |= {name for name, _ in body.stores}
-    arrays = tuple(name for name, _ in binding.stored if name in touched)
-    return RowLayout(arrays, len(phase.sums), len(phase.scalars))
+    vectors = len(phase.vectors) if phase.has_lines else None
+    return RowLayout(binding.arrays(touched), len(phase.sums), len(phase.scalars), vectors)
 
 
 def cuts(count: int, offset: int, length: int) -> Iterator[tuple[int, int]]:

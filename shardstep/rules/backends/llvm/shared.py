@@ -24,7 +24,7 @@ class Shared:
         for number, line in enumerate(program.instructions):
             if line.operation == "const":
                 self._constant(number, line)
-            elif line.operation == "hyper":
+            elif line.operation == "hyper" and line.type.is_single:
                 self._keep(number, "real", f"%exact.{line.attributes[0]}")
             elif line.type.is_single and line.operation not in ("sum", "max"):
                 self._keep(number, line.type.kind, self._operation(line))

@@ -1,19 +1,23 @@
 """A phase as a module in LLVM's text: ``run(table, count)`` goes through the rows of a table.
 
-A row is cut into *runs*: all of it, or, where there are reductions, its part of each block of the global grid. A run
-is a scalar head until the vectors are aligned, vectors, and a scalar tail; both bodies say the same. Vectors are
-aligned to the grid's 16 lanes where there are reductions, else to the cache lines of ``low``, else not at all.
+A row is cut into *runs*: all of it, or, where there are reductions, its part of each block of the global grid; where
+there are rows and columns, its part of each row of the tensor besides; and where there are states in 8 bits, its part
+of the elements that share a scale. A run is a scalar head until the vectors are aligned, vectors, and a scalar tail;
+both bodies say the same. Vectors are aligned to the grid's 16 lanes where there are reductions, else to the cache lines
+of ``low``, else not at all. New states in 8 bits are encoded when all elements of a scale are there.
 """
 
 from typing import Final
 
-import torch
-
 from shardstep.rules.backends.blocks import LANES
-from shardstep.rules.backends.llvm.body import REDUCTIONS, Body, Job
+from shardstep.rules.backends.llvm.body import Body, Job
 from shardstep.rules.backends.llvm.code import Code
+from shardstep.rules.backends.llvm.dynamic8 import call_of_encoder, encoders
+from shardstep.rules.backends.llvm.lanes import begin_of_row, empty_lanes, end_of_row, fold_blocks, scale_of
 from shardstep.rules.backends.llvm.shared import Shared
+from shardstep.rules.binding import scale_name
 from shardstep.types import BLOCK_NUMEL as BLOCK
+from shardstep.types import SCALED_NUMEL
 
 _ATTRIBUTES: Final = 'attributes #0 = { nounwind "min-legal-vector-width"="512" "prefer-vector-width"="512" }'
 
@@ -23,7 +27,8 @@ _DEFAULT_MXCSR: Final = 0x1F80
 
 def module_text(job: Job, x86: bool) -> str:
     """The whole module. Raises RuleError for what a phase of elements cannot have."""
-    return "\n".join([_declarations(job, x86), _row(job), _run(job, x86), _ATTRIBUTES, "!0 = !{i32 1}\n"])
+    functions = [*encoders([stored for _, stored in job.encoded], job.width), _row(job), _run(job, x86)]
+    return "\n".join([_declarations(job, x86), *functions, _ATTRIBUTES, "!0 = !{i32 1}\n"])
 
 
 def _declarations(job: Job, x86: bool) -> str:
@@ -80,9 +85,11 @@ def _row(job: Job) -> str:
     """One row. It must not become part of ``run``, whose setting of denormals comes first."""
     shared = Shared(job.phase.body, job.binding.compute)
     scalar, vector = Body(job, 1, "%i", shared), Body(job, job.width, "%j", shared)
+    last = "row.done" if job.phase.has_lines and job.of_blocks else "scale.next" if job.encoded else "run.done"
     accumulators = [
-        f"%held{k} = phi <16 x double> [%before{k}, %vector.begin], [{after}, %vector]"
-        for k, after in enumerate(vector.accumulators)
+        f"%held{r.number} = phi <16 x {r.type}> "
+        f"[%before{r.number}, %vector.begin], [{vector.accumulators[r.number]}, %vector]"
+        for r in job.laned
     ]
     return f"""define internal void @row(ptr %row) noinline #0 {{
 entry:
@@ -91,8 +98,8 @@ entry:
   %empty = icmp eq i64 %count, 0
   br i1 %empty, label %exit, label %run
 run:
-  %begin = phi i64 [0, %entry], [%end, %run.done]
-{_run_in_block(job) if job.reductions else _whole_run(job)}
+  %begin = phi i64 [0, %entry], [%end, %{last}]
+{_begin(job)}
   %beyond = add i64 %begin, %head
   %short = icmp ult i64 %end, %beyond
   %first = select i1 %short, i64 %end, i64 %beyond
@@ -110,7 +117,7 @@ scalar.done:
   %over = icmp eq i64 %i, %end
   br i1 %over, label %run.done, label %vector.begin
 vector.begin:
-{_each(job, "%before{k} = load <16 x double>, ptr %lanes{k}")}
+{_each(job, "%before{k} = load <16 x {type}>, ptr %lanes{k}")}
   br label %vector.test
 vector.test:
   %j = phi i64 [%i, %vector.begin], [%j.next, %vector]
@@ -122,10 +129,11 @@ vector:
 {vector.text}
   br label %vector.test
 vector.done:
-{_each(job, "store <16 x double> %held{k}, ptr %lanes{k}")}
+{_each(job, "store <16 x {type}> %held{k}, ptr %lanes{k}")}
   br label %scalar.test
 run.done:
-{_folds(job)}
+{end_of_row(job) if job.phase.has_lines else _folds(job)}
+{_encodings(job)}
   %all = icmp eq i64 %end, %count
   br i1 %all, label %exit, label %run
 exit:
@@ -139,7 +147,16 @@ def _lines(lines: list[str]) -> str:
 
 
 def _each(job: Job, template: str) -> str:
-    return _lines([template.format(k=k) for k in range(len(job.reductions))])
+    return _lines([template.format(k=reduction.number, type=reduction.type) for reduction in job.laned])
+
+
+def _begin(job: Job) -> str:
+    """The %end of the run, and the length of the %head before its vectors."""
+    if job.phase.has_lines:
+        return begin_of_row(job)
+    if job.reductions:
+        return _run_in_block(job)
+    return _run_of_a_scale(job) if job.is_scaled else _whole_run(job)
 
 
 def _prologue(job: Job) -> str:
@@ -158,9 +175,16 @@ def _prologue(job: Job) -> str:
     read("offset", "i64", layout.offset)
     for k in range(layout.reductions):
         read(f"partials{k}", "ptr", layout.first_partials + k)
-        lines.append(f"%lanes{k} = alloca <16 x double>")
+    lines += [f"%lanes{reduction.number} = alloca <16 x {reduction.type}>" for reduction in job.laned]
+    if layout.vectors is not None:
+        for word, name in enumerate(("place", "columns", "rows")):
+            read(name, "i64", layout.first_of_lines + word)
+        for k in range(layout.vectors):
+            read(f"vector{k}", "ptr", layout.first_of_lines + 3 + k)
+        lines += [empty_lanes(reduction) for reduction in job.of_blocks]
     for k in range(layout.scalars):
         read(f"exact.s{k}", "double", layout.first_scalar + k)
+    lines += [f"%new{job.place(name)} = alloca [{SCALED_NUMEL} x float], align 64" for name, _ in job.encoded]
     return _lines(lines)
 
 
@@ -168,19 +192,25 @@ def _whole_run(job: Job) -> str:
     """The %end of the run, and the length of the %head before its vectors."""
     if not job.full_lines:
         return "  %end = add i64 %count, 0\n  %head = add i64 0, 0"
-    return """  %end = add i64 %count, 0
-  %address = ptrtoint ptr %low to i64
+    return f"  %end = add i64 %count, 0\n{_HEAD}"
+
+
+_HEAD: Final = """  %low.begin = getelementptr i16, ptr %low, i64 %begin
+  %address = ptrtoint ptr %low.begin to i64
   %back = sub i64 0, %address
   %gap = and i64 %back, 63
   %head = lshr i64 %gap, 1"""
 
 
+def _run_of_a_scale(job: Job) -> str:
+    """The same for the elements of one scale."""
+    return f"""{_lines(scale_of("%count"))}
+  %end = add i64 %scale.end, 0
+{_HEAD if job.full_lines else "  %head = add i64 0, 0"}"""
+
+
 def _run_in_block(job: Job) -> str:
     """The same for the part of a block of the grid; and lanes that hold nothing yet."""
-    starts = [
-        f"store <16 x double> splat (double {REDUCTIONS[line.operation][1]}), ptr %lanes{k}"
-        for k, line in enumerate(job.reductions)
-    ]
     return f"""  %position = add i64 %offset, %begin
   %inside = and i64 %position, {BLOCK - 1}
   %room = sub i64 {BLOCK}, %inside
@@ -189,23 +219,32 @@ def _run_in_block(job: Job) -> str:
   %end = select i1 %whole, i64 %border, i64 %count
   %back = sub i64 0, %position
   %head = and i64 %back, {LANES - 1}
-{_lines(starts)}"""
+{_lines([empty_lanes(reduction) for reduction in job.reductions])}"""
 
 
 def _folds(job: Job) -> str:
-    """The lanes of each reduction become one number: lane l takes lane l + 8, then l + 4, l + 2, l + 1."""
+    """The lanes of each reduction become one number of its block."""
     if not job.reductions:
         return ""
-    lines = ["%origin = lshr i64 %offset, 10", "%here = lshr i64 %position, 10", "%block = sub i64 %here, %origin"]
-    lines += [f"%full{k} = load <16 x double>, ptr %lanes{k}" for k in range(len(job.reductions))]
-    code = Code(LANES, "fold")
-    for k, line in enumerate(job.reductions):
-        held = f"%full{k}"
-        for half in (8, 4, 2, 1):
-            places = ", ".join(f"i32 {lane + half}" if lane < half else "i32 poison" for lane in range(LANES))
-            upper = code.let(f"shufflevector <16 x double> {held}, <16 x double> poison, <16 x i32> <{places}>")
-            held = code.operation(REDUCTIONS[line.operation][0], torch.float64, [held, upper])
-        partial = code.let(f"extractelement <16 x double> {held}, i64 0")
-        address = code.let(f"getelementptr double, ptr %partials{k}, i64 %block")
-        code.line(f"store double {partial}, ptr {address}")
-    return "\n".join([_lines(lines), *code.lines])
+    return fold_blocks(job)
+
+
+def _encodings(job: Job) -> str:
+    """The new states in 8 bits, if this run has made the last of the numbers that share a scale."""
+    if not job.encoded:
+        return ""
+    lines = [
+        "%scale.over = icmp eq i64 %end, %scale.end",
+        "br i1 %scale.over, label %scale.done, label %scale.next",
+    ]
+    inside = [
+        "%length = sub i64 %end, %scale.first",
+        f"%entry.of.scale = lshr i64 %scale.first, {SCALED_NUMEL.bit_length() - 1}",
+    ]
+    for name, stored in job.encoded:
+        codes, scale = job.place(name), job.place(scale_name(name))
+        inside.append(f"%codes{codes} = getelementptr i8, ptr %array{codes}, i64 %scale.first")
+        inside.append(f"%scale{codes} = getelementptr float, ptr %array{scale}, i64 %entry.of.scale")
+        inside.append(call_of_encoder(stored, f"%new{codes}", f"%codes{codes}", f"%scale{codes}", "%length"))
+    inside.append("br label %scale.next")
+    return "\n".join([_lines(lines), "scale.done:", _lines(inside), "scale.next:"])

@@ -11,15 +11,22 @@ from typing import Final
 import torch
 
 from shardstep.errors import RuleError
+from shardstep.rules.backends.triton import dynamic8
+from shardstep.rules.binding import scale_name
 from shardstep.rules.ir import Instruction
+from shardstep.types import BLOCK_NUMEL as BLOCK
+from shardstep.types import SCALED_NUMEL
 
 NAMES: Final = {
     torch.float64: "tl.float64",
     torch.float32: "tl.float32",
     torch.bfloat16: "tl.bfloat16",
     torch.float16: "tl.float16",
+    torch.int8: "tl.int8",
+    torch.uint8: "tl.uint8",
 }
 WORDS: Final = {torch.float64: "tl.uint64", torch.float32: "tl.uint32"}
+_SCALE_SHIFT: Final = SCALED_NUMEL.bit_length() - 1
 _BITS: Final = {torch.float64: 64, torch.float32: 32}
 
 _EXPRESSIONS: Final = {
@@ -116,3 +123,23 @@ def stored(pointers: str, value: str, dtype: torch.dtype, compute: torch.dtype) 
     elif dtype != compute:
         value = f"{value}.to({NAMES[dtype]})"
     return f"tl.store({pointers}, {value}, mask=inside)"
+
+
+def decoded(codes: str, scales: str, dtype: torch.dtype, compute: torch.dtype) -> str:
+    """A masked load of a state in 8 bits."""
+    scale = f"tl.load({scales} + (i >> {_SCALE_SHIFT}), mask=inside, other=0.0)"
+    load = f"from_{dynamic8.NAMES[dtype]}(tl.load({codes} + i, mask=inside, other=0), {scale})"
+    return load if compute == torch.float32 else f"{load}.to({NAMES[compute]})"
+
+
+def encoded(name: str, value: str, dtype: torch.dtype, compute: torch.dtype) -> list[str]:
+    """The masked store of one, in a program that has all elements of its scales."""
+    narrow = value if compute == torch.float32 else f"{value}.to(tl.float32)"
+    group = f"tl.program_id(0).to(tl.int64) * {BLOCK // SCALED_NUMEL} + tl.arange(0, {BLOCK // SCALED_NUMEL})"
+    return [
+        f"new_{name} = tl.where(inside, {narrow}, 0.0)",
+        f"scale_{name} = largest(new_{name})",
+        f"group = {group}",
+        f"tl.store(at_{scale_name(name)} + group, scale_{name}, mask=group * {SCALED_NUMEL} < n)",
+        f"tl.store(at_{name} + i, to_{dynamic8.NAMES[dtype]}(new_{name}, spread(scale_{name})), mask=inside)",
+    ]

@@ -6,6 +6,8 @@
 import re
 from typing import Final
 
+from shardstep.rules.backends.triton import dynamic8
+
 _FUNCTIONS: Final = {
     "minimum": '''\
 @triton.jit
@@ -24,6 +26,13 @@ def maximum(a, b):
 def sign(x):
     """-1, 0 or 1; 0 for NaN and for zeros."""
     return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0)).to(x.dtype)
+''',
+    "order": '''\
+@triton.jit
+def order(x):
+    """An integer that is ordered as float64 is; NaN comes last."""
+    bits = tl.where(x != x, float("nan"), x + 0.0).to(tl.int64, bitcast=True)
+    return tl.where(x != x, 0x7FF8000000000000, tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits))
 ''',
     "from_bfloat16": '''\
 @triton.jit
@@ -92,10 +101,11 @@ def fold_max(lanes):
 
 def needed(kernel: str) -> str:
     """The text of the functions that ``kernel`` calls."""
+    known = {**_FUNCTIONS, **dynamic8.functions()}
     wanted, texts = set[str](), [kernel]
     while texts:
         # Not after a dot: tl.minimum would be another function.
-        calls = set(re.findall(r"(?<![.\w])([a-z]\w*)\(", texts.pop())) & (_FUNCTIONS.keys() - wanted)
+        calls = set(re.findall(r"(?<![.\w])([a-z]\w*)\(", texts.pop())) & (known.keys() - wanted)
         wanted |= calls
-        texts += [_FUNCTIONS[name] for name in calls]
-    return "\n\n".join(text for name, text in _FUNCTIONS.items() if name in wanted)
+        texts += [known[name] for name in calls]
+    return "\n\n".join(text for name, text in known.items() if name in wanted)

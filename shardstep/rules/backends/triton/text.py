@@ -1,9 +1,10 @@
 """A phase as the text of a Triton kernel: one instruction a line. Pure text; triton is not imported here.
 
-A kernel without reductions takes 1,024 elements a program. One with reductions takes 32 blocks of 1,024 global
-positions, in 64 rows of 16 lanes from first to last, since that is the order in which a sum is defined. Arguments:
-the arrays in the binding's order, the low-precision copy, the partials of each reduction, ``n`` and ``offset``
-(the global position of element 0), the scalars.
+A kernel without reductions takes 1,024 elements a program. One with sums over tensors takes 32 blocks of 1,024 global
+positions, in 64 rows of 16 lanes from first to last, since that is the order in which a sum is defined. One with rows
+and columns takes a tile of them, where nothing has an order: see `tiles`. Arguments: the arrays in the binding's order,
+the low-precision copy, the partials of each reduction, the vectors, ``n`` and ``offset`` (the global position of
+element 0), for rows and columns where they are, the scalars.
 """
 
 import re
@@ -13,9 +14,19 @@ import torch
 
 from shardstep.errors import RuleError
 from shardstep.rules.backends.blocks import LANES
-from shardstep.rules.backends.triton.operations import NAMES, WORDS, constant, loaded, pointwise, stored
+from shardstep.rules.backends.triton import tiles
+from shardstep.rules.backends.triton.operations import (
+    NAMES,
+    WORDS,
+    constant,
+    decoded,
+    encoded,
+    loaded,
+    pointwise,
+    stored,
+)
 from shardstep.rules.backends.triton.prelude import needed
-from shardstep.rules.binding import Binding
+from shardstep.rules.binding import CODED, Binding, scale_name
 from shardstep.rules.ir import Instruction, Phase
 from shardstep.types import BLOCK_NUMEL as BLOCK
 
@@ -43,13 +54,22 @@ def source(phase: Phase, binding: Binding) -> str:
     """The module that holds the kernel of ``phase``. Raises RuleError if a kernel cannot have what the phase does."""
     lines = [f"def {kernel_name(phase)}({', '.join(arguments(phase, binding))}):"]
     body = _lines(phase, binding)
-    if reductions(phase):
-        lines += [_BLOCKS, *_accumulators(phase), _ROW, *(f"        {line}" for line in body)]
+    if is_tiled(phase):
+        lines += [tiles.BEGIN, *tiles.accumulators(phase), tiles.ROWS, *(f"        {line}" for line in body)]
+        lines += tiles.ends(phase)
+    elif reductions(phase):
+        where = [f"        {line}" for line in tiles.WHERE] if phase.has_lines else []
+        lines += [_BLOCKS, *_accumulators(phase), _ROW, *where, *(f"        {line}" for line in body)]
         lines += _partials(phase)
     else:
         lines += [_FLAT, *(f"    {line}" for line in body)]
     kernel = "\n".join(["@triton.jit", *lines]) + "\n"
     return "\n\n".join(part for part in (_HEADER, needed(kernel), kernel) if part)
+
+
+def is_tiled(phase: Phase) -> bool:
+    """Whether a program takes a tile of rows and columns."""
+    return phase.has_lines and not any(line.type.is_single for line in phase.reductions)
 
 
 def kernel_name(phase: Phase) -> str:
@@ -66,7 +86,8 @@ def arrays(phase: Phase, binding: Binding) -> dict[str, torch.dtype]:
     """The dtype of each array that the phase loads or stores, in the binding's order."""
     used = {str(line.attributes[0]) for line in phase.body.instructions if line.operation == "load"}
     used |= {name for name, _ in phase.body.stores}
-    found = {name: dtype for name, dtype in binding.stored if name in used}
+    dtypes = dict(binding.stored)
+    found = {name: dtypes[name] for name in binding.arrays(used)}
     for name in sorted(used):
         if phase.body.shapes[name] != "element":
             raise RuleError(
@@ -92,24 +113,40 @@ def arguments(phase: Phase, binding: Binding) -> dict[str, str]:
     signature = {f"at_{name}": f"*{_signature(dtype)}" for name, dtype in arrays(phase, binding).items()}
     if writes_low(phase, binding) and binding.low is not None:
         signature["low"] = f"*{_signature(binding.low)}"
-    signature |= {f"partials{number}": "*fp64" for number in reductions(phase)}
+    for number, line in zip(reductions(phase), phase.reductions, strict=True):
+        signature[f"partials{number}"] = "*i64" if line.operation in ("row_max", "column_max") else "*fp64"
+    for number, vector in enumerate(phase.vectors):
+        signature[f"at_v{number}"] = "*fp64" if vector.anchors else f"*{real}"
     signature |= {"n": "i64", "offset": "i64"}
+    if phase.has_lines:
+        signature |= dict.fromkeys(("place", "columns", "rows"), "i64")
+    if is_tiled(phase):
+        signature |= dict.fromkeys(("first_row", "count_row", "first_column", "count_column"), "i64")
     return signature | {f"s{index}": real for index in range(len(phase.scalars))}
 
 
 def _signature(dtype: torch.dtype) -> str:
-    return {"tl.bfloat16": "bf16"}.get(NAMES[dtype], NAMES[dtype].replace("tl.float", "fp"))
+    named = NAMES[dtype].removeprefix("tl.")
+    for word, letter in (("bfloat", "bf"), ("float", "fp"), ("uint", "u"), ("int", "i")):
+        if named.startswith(word):
+            return named.replace(word, letter)
+    return named
 
 
 def _lines(phase: Phase, binding: Binding) -> list[str]:
     """The instructions, then the stores: what is loaded is what was there before the step."""
     shape = f"[{BLOCKS_PER_PROGRAM}, {LANES}]" if reductions(phase) else f"[{BLOCK}]"
+    if is_tiled(phase):
+        shape = tiles.SHAPE
     lines = []
     for number, line in enumerate(phase.body.instructions):
         text = _instruction(phase, binding, number, line, shape)
         lines.append(text + (f"  # line {line.place.line}" if line.place else ""))
     dtypes = arrays(phase, binding)
     for name, value in phase.body.stores:
+        if dtypes[name] in CODED:
+            lines += encoded(name, f"v{value}", dtypes[name], binding.compute)
+            continue
         lines.append(stored(f"at_{name} + i", f"v{value}", dtypes[name], binding.compute))
         if name == "param" and binding.low is not None:
             lines.append(stored("low + i", f"v{value}", binding.low, binding.compute))
@@ -119,12 +156,18 @@ def _lines(phase: Phase, binding: Binding) -> list[str]:
 def _instruction(phase: Phase, binding: Binding, number: int, line: Instruction, shape: str) -> str:
     compute = binding.compute
     if number in reductions(phase):
-        return _accumulate(line, number)
+        return _accumulate(line, number) if line.type.is_single else tiles.accumulate(line, number)
     if line.operation == "load":
         name = str(line.attributes[0])
-        return f"v{number} = {loaded(f'at_{name} + i', dict(binding.stored)[name], compute)}"
+        dtype = dict(binding.stored)[name]
+        if dtype in CODED:
+            return f"v{number} = {decoded(f'at_{name}', f'at_{scale_name(name)}', dtype, compute)}"
+        return f"v{number} = {loaded(f'at_{name} + i', dtype, compute)}"
     if line.operation == "const":
         return f"v{number} = {constant(line, shape, compute)}"
+    if line.operation == "hyper" and not line.type.is_single:
+        at = f"at_{line.attributes[0]} + {line.type.shape}"
+        return f"v{number} = tl.load({at}, mask=inside, other=0.0)"
     if line.operation == "hyper":
         return f"v{number} = tl.full({shape}, {line.attributes[0]}, {NAMES[compute]})"
     if line.operation == "index":
@@ -155,5 +198,5 @@ def _kinds(phase: Phase) -> list[tuple[int, str]]:
     kinds = [(number, phase.body.instructions[number].operation) for number in reductions(phase)]
     for _, operation in kinds:
         if operation not in ("sum", "max"):
-            raise RuleError(f"expected reductions to one number for each tensor, got {operation!r} in a Triton kernel")
+            raise RuleError(f"expected sums over tensors without those of rows and columns, got {operation!r}")
     return kinds

@@ -1,0 +1,97 @@
+"""One flat space in one step of the optimizer: its gradient, and its segments.
+
+Plain data for `step`, and how the elements that a rank owns are cut into segments. Nothing here communicates.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+from torch import Tensor
+
+from shardstep.collectives import Pending
+from shardstep.sharding.combination import Combination, Key
+from shardstep.sharding.space import Space
+from shardstep.sharding.tensor_states import part
+from shardstep.types import Combine, Segment, Update
+
+
+@dataclass
+class Gradient:
+    """The gradient over what this rank owns of a space, possibly still on its way."""
+
+    values: Tensor
+    pending: Pending | None
+    taken: bool
+
+    def wait(self) -> Tensor:
+        if self.pending is not None:
+            self.pending.wait()
+        return self.values
+
+
+@dataclass
+class SpaceUpdate:
+    """A space that is updated. ``rule``: the number of its rule; ``scale``: what its gradient is multiplied by."""
+
+    space: Space
+    rule: int
+    keys: list[Key]
+    combination: Combination
+    scale: float = 1.0
+    gradient: Gradient | None = None
+    segments: list[Segment] = field(default_factory=list)
+
+    @property
+    def tensors(self) -> list[Update]:
+        """Every parameter of the space that is updated, on this rank or another."""
+        slots = zip(self.space.layout.slots, self.keys, strict=True)
+        return [Update(*key, slot.shape) for slot, key in slots if key is not None]
+
+    def wait(self) -> Tensor:
+        """The gradient over what this rank owns."""
+        assert self.gradient is not None
+        return self.gradient.wait()
+
+
+def joined(updates: list[SpaceUpdate]) -> Combine:
+    """One combination of those of several spaces."""
+
+    def combine(partials: list[list[Tensor]], reductions: list[tuple[str, ...]]) -> list[list[Tensor]]:
+        found, made = iter(partials), iter(reductions)
+        whole: list[list[Tensor]] = []
+        for update in updates:
+            own = list(islice(found, len(update.segments)))
+            whole += update.combination(own, list(islice(made, len(update.tensors))))
+        return whole
+
+    return combine
+
+
+@dataclass
+class Run:
+    """Elements [start, stop) of a flat space, with one step count and the hyper-parameters of one group.
+
+    ``index``: the parameter that they belong to, if it is one.
+    """
+
+    group: int
+    step: int
+    start: int
+    stop: int
+    index: int | None
+
+
+def neighbours(space: Space, keys: list[Key]) -> Iterator[Run]:
+    """Runs of neighbouring parameters that are updated alike; untouched ones stay out."""
+    for key, start, stop in space.layout.runs(keys, space.owned.start, min(space.owned.stop, space.layout.numel)):
+        if key is not None:
+            yield Run(*key, start, stop, None)
+
+
+def tensors_of(space: Space, keys: list[Key]) -> Iterator[Run]:
+    """What this rank owns of each touched parameter, without the gaps between them."""
+    for index, (slot, key) in enumerate(zip(space.layout.slots, keys, strict=True)):
+        start, stop = part(slot, space.owned)
+        if key is not None and start < stop:
+            yield Run(*key, slot.offset + start, slot.offset + stop, index)
