@@ -65,8 +65,7 @@ def _markdown(text: str) -> Iterator[str]:
 
 
 def _locality(rule: Rule) -> str:
-    compiled = compile_rule(rule)
-    return compiled.locality + (", unsharded so far" if compiled.locality == "matrix" else "")
+    return compile_rule(rule).locality
 
 
 def _bytes(rule: Rule) -> str:

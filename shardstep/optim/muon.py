@@ -65,7 +65,7 @@ def muon(
     momentum_buffer = lerp(momentum_buffer, grad, 1 - momentum)
     update = lerp(momentum_buffer, grad, 1 - momentum) if nesterov else momentum_buffer
     x = bfloat16(update)
-    x = bfloat16(x / maximum(norm(x), eps))
+    x = bfloat16(x / maximum(bfloat16(norm(x)), eps))
     for done in range(MOST_STEPS):
         if done < ns_steps:
             x = tall(x, ns_coefficients) if rows > columns else wide(x, ns_coefficients)

@@ -32,16 +32,16 @@ def test_states_say_how_they_start_and_what_they_are_stored_in():
         m=zeros,
         ones=state(1),
         anchor=state("param", dtype="bfloat16"),
-        rows=state(-0.5, shape="row", dtype="float32"),
+        of_rows=state(-0.5, shape="row", dtype="float32"),
         total=state(float("inf"), shape="tensor"),
     ):
-        return param, m, ones, anchor, rows, total
+        return param, m, ones, anchor, of_rows, total
 
     assert example.declared == (
         State("m", "element", 0.0),
         State("ones", "element", 1.0),
         State("anchor", "element", "param", "bfloat16"),
-        State("rows", "row", -0.5, "float32"),
+        State("of_rows", "row", -0.5, "float32"),
         State("total", "tensor", float("inf")),
     )
 

@@ -140,10 +140,10 @@ def every_word(param, grad, m=zeros, *, lr=0.5, betas=(0.1, 0.2), flag=True):
     m = fma(m, lr, exp(-grad)) + log(param) * tanh(grad) - abs(grad)
     m = m + clip(grad, -0.1, 0.2) + lerp(m, grad, lr) + rsqrt(m * m) + sign(grad) + bfloat16(grad)
     scale = sum(m) / mean(grad) + max_abs(param) * norm(m)
-    rows = row_mean(param) * col_mean(grad) + mean(row_mean(m)) + mean(col_mean(m)) + mean(m @ m.T) + mean(m.T @ m)
+    lines = row_mean(param) * col_mean(grad) + mean(row_mean(m)) + mean(col_mean(m)) + mean(m @ m.T) + mean(m.T @ m)
     lr2 = sqrt(lr) if lr > betas[0] + betas[-1] and not (flag or lr >= 2) else lr
     near = where(grad < -0.2, 1.0, where(param <= 0.5, 2.0, where(param == grad, 3.0, where(m != m, 4.0, 5.0))))
-    return minimum(param, -lr2 * +m) + near * maximum(grad, m), rows + scale
+    return minimum(param, -lr2 * +m) + near * maximum(grad, m), lines + scale
 
 
 @rule
