@@ -30,7 +30,10 @@ from shardstep.rules.compiled import compile_rule
 from shardstep.types import Batch, Segment
 
 GRAD_SCALE = 0.37
-GROUP = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+GROUP = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2} | {
+    "amsgrad": False,
+    "decoupled_weight_decay": True,
+}
 STEP_BYTES, STREAM_BYTES = 28, 8
 SKEW_BYTES = 17_408
 STREAMS = {"param": 4, "grad": 4, "m": 4, "v": 4, "grad16": 2, "low": 2}

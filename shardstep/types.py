@@ -52,6 +52,35 @@ class Segment:
     tensor_state: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class Stack:
+    """Many small segments, in lists, to be updated by a rule that sees single elements.
+
+    They have the group, grad_scale, seed and names of states of ``first``, and a low if it has one. ``names``: "param",
+    "grad" and the states; ``arrays``: those of the first segment and its low, then those of the next.
+    """
+
+    first: Segment
+    names: tuple[str, ...]
+    steps: list[int]
+    offsets: list[int]
+    arrays: list[Tensor]
+
+    @property
+    def width(self) -> int:
+        """Arrays of a segment."""
+        return len(self.names) + (self.first.low is not None)
+
+    def segments(self) -> Iterator[Segment]:
+        """One by one."""
+        one, arrays = self.first, iter(self.arrays)
+        for step, offset in zip(self.steps, self.offsets, strict=True):
+            state = {name: next(arrays) for name in self.names}
+            param, grad = state.pop("param"), state.pop("grad")
+            low = None if one.low is None else next(arrays)
+            yield Segment(one.group, step, param, grad, state, low, one.grad_scale, offset, one.shape, one.seed)
+
+
 class Update(NamedTuple):
     """Of one tensor: its group, its step count with this update, and its shape."""
 
@@ -103,6 +132,7 @@ class Owners(Protocol):
 @dataclass
 class Batch:
     """Segments that are updated together, by one rule: those of one flat space, or of several for matrix products.
+    Those of a rule that sees single elements may be ``stacks`` instead.
 
     ``updated``: every tensor of these spaces that is updated now, on this rank or another, in order.
     ``combine`` makes whole tensors' reductions of their parts'. It takes, for each segment, what its reductions gave
@@ -116,6 +146,7 @@ class Batch:
     updated: list[Update]
     combine: "Combine"
     owners: Owners | None = None
+    stacks: Sequence[Stack] = ()
 
 
 Combine = Callable[[list[list[Tensor]], list[tuple[str, ...]]], list[list[Tensor]]]

@@ -1,10 +1,14 @@
 """An optimizer that was not sharded: it updates whole tensors where they are and keeps their whole state.
 
-The same interface to the update as a ``FlatSource``: batches of segments. Complex numbers, other memory formats and
-16-bit parameters become flat real arrays here, and their new values are copied back.
+The same interface to the update as a ``FlatSource``: batches of segments. They are made anew in every step, so nothing
+that was replaced since the last one goes unnoticed; for rules that see single elements in columns, since this costs
+the least for many small tensors. Complex numbers, other memory formats and 16-bit parameters become flat real arrays
+here, and their new values are copied back.
 """
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from itertools import chain
+from operator import attrgetter
 from typing import Any, Final
 
 import torch
@@ -15,86 +19,132 @@ from shardstep.errors import UnsupportedError
 from shardstep.optim.loading import StatesIn
 from shardstep.optim.states import as_real, start_of
 from shardstep.rules.binding import compute_dtype
-from shardstep.rules.ir import State
-from shardstep.types import Batch, Segment, Update
+from shardstep.types import Batch, Segment, Stack, Update
 
-_DENSE: Final = torch.strided
 _COMPUTED: Final = frozenset({torch.float32, torch.float64})
 _ONE: Final = torch.ones(())
 
+_layout: Final = attrgetter("layout")
+_dtype: Final = attrgetter("dtype")
 
-def batches_alone(
-    groups: Sequence[Mapping[str, Any]],
-    signs: Sequence[float],
-    states: MutableMapping[Tensor, dict[str, Tensor]],
-    states_in: StatesIn,
-    of_tensors: frozenset[str],
-) -> Iterator[Batch]:
-    """One batch of every parameter with a gradient; steps are counted and new ``states`` kept when it is updated.
 
-    ``signs``: what the gradients of each group are multiplied by; ``of_tensors``: the names of states that are not of
-    elements.
-    """
-    segments, converted = list[Segment](), list[tuple[Tensor, Tensor]]()
-    updated = dict[Tensor, dict[str, Tensor]]()
-    for index, group in enumerate(groups):
-        for position, param in enumerate(group["params"]):
-            grad = param.grad
-            if grad is None:
+class Step:
+    """One update of every parameter with a gradient. ``of_tensors``: the names of states that are not of elements."""
+
+    def __init__(
+        self, states: MutableMapping[Tensor, dict[str, Tensor]], states_in: StatesIn, of_tensors: frozenset[str]
+    ) -> None:
+        self._states, self._states_in, self._of_tensors = states, states_in, of_tensors
+        self._params, self._counts = list[Tensor](), list[Tensor]()
+        self._started = dict[Tensor, dict[str, Tensor]]()
+        self._converted = list[tuple[Tensor, Tensor]]()
+
+    def batches(self, groups: Sequence[Mapping[str, Any]], signs: Sequence[float], in_stacks: bool) -> Iterator[Batch]:
+        """One batch, if there is anything to update; steps are counted and new states kept when it is updated.
+
+        ``signs``: what the gradients of each group are multiplied by; ``in_stacks``: whether the rule sees single
+        elements.
+        """
+        segments, stacks = list[Segment](), list[Stack]()
+        for index, (group, sign) in enumerate(zip(groups, signs, strict=True)):
+            params = [param for param in group["params"] if param.grad is not None]
+            if not params:
                 continue
-            if grad.layout is not _DENSE:
-                raise UnsupportedError(
-                    f"expected a dense gradient at parameter group {index}, position {position}, got {grad.layout}; "
-                    f"build the layer with sparse=False"
-                )
-            updated[param] = state = states.get(param) or _start(param, states_in(group, param.ndim))
-            segment = _segment(param, grad, state, index, of_tensors, converted)
-            segment.grad_scale = signs[index]
-            segments.append(segment)
-    if not segments:
-        return
-    keys = [Update(segment.group, segment.step, tuple(segment.shape or ())) for segment in segments]
-    yield Batch(segments, keys, lambda sums, _: sums)
-    states.update(updated)  # now that nothing can fail
-    torch._foreach_add_([state["step"] for state in updated.values()], _ONE)
-    for data, master in converted:
-        data.copy_(master)
-    increment_version(list(updated))  # autograd cannot see what a kernel writes
+            grads, states = _dense_gradients(params, group, index), self._states_of(params, group)
+            counts = [state["step"] for state in states]
+            steps = [int(count.item()) + 1 for count in counts]
+            self._params += params
+            self._counts += counts
+            if in_stacks:
+                stacks.append(self._stack(index, sign, steps, params, grads, states))
+            else:
+                rows = zip(steps, params, grads, states, strict=True)
+                segments += [self._segment(index, sign, *row) for row in rows]
+        if self._params:
+            updated = [Update(one.group, one.step, tuple(one.shape or ())) for one in segments]
+            yield Batch(segments, updated, lambda sums, _: sums, stacks=stacks)
+            self._finish()
 
+    def _finish(self) -> None:
+        """What remains when nothing can fail any more."""
+        self._states.update(self._started)
+        torch._foreach_add_(self._counts, [_ONE] * len(self._counts))  # one number for all takes four times as long
+        for data, master in self._converted:
+            data.copy_(master)
+        increment_version(self._params)  # autograd cannot see what a kernel writes
 
-def _start(param: Tensor, states: Sequence[State]) -> dict[str, Tensor]:
-    """The first state of ``param``."""
-    state = {"step": torch.zeros((), dtype=torch.float32)}
-    for declared in states:
-        state.update(start_of(declared, param))
-    return state
+    def _states_of(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> list[dict[str, Tensor]]:
+        return [self._states.get(param) or self._start(param, group) for param in params]
 
+    def _start(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        state = {"step": torch.zeros((), dtype=torch.float32)}
+        for declared in self._states_in(group, param.ndim):
+            state.update(start_of(declared, param))
+        self._started[param] = state
+        return state
 
-def _segment(
-    param: Tensor,
-    grad: Tensor,
-    state: Mapping[str, Tensor],
-    group: int,
-    of_tensors: frozenset[str],
-    converted: list[tuple[Tensor, Tensor]],
-) -> Segment:
-    """One whole tensor; ``converted`` gains (param, master) if its new values must be copied back."""
-    arrays = {name: values for name, values in state.items() if name != "step" and name not in of_tensors}
-    if param.is_complex():
-        param, grad = as_real(param), as_real(grad)
-        arrays = {name: as_real(values) for name, values in arrays.items()}
-    master, grad = param, grad.resolve_neg()
-    if param.dtype not in _COMPUTED or not param.is_contiguous():
+    def _stack(
+        self,
+        group: int,
+        sign: float,
+        steps: list[int],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[dict[str, Tensor]],
+    ) -> Stack:
+        """Whole tensors, with the states that all of them have."""
+        common = set(states[0]).intersection(*states) - {"step"}
+        own = [name for name in states[0] if name in common]
+        columns = [params, grads, *([state[name] for state in states] for name in own)]
+        arrays = [*chain.from_iterable(zip(*columns, strict=True))]
+        names, width = ("param", "grad", *own), len(columns)
+        if not _are_flat(params, grads):
+            rows = (dict(zip(names, arrays[at : at + width], strict=True)) for at in range(0, len(arrays), width))
+            arrays = [array for row in rows for array in self._flat(row).values()]
+        state = dict(zip(own, arrays[2:width], strict=True))
+        first = Segment(group, steps[0], arrays[0], arrays[1], state, None, sign)
+        return Stack(first, names, steps, [0] * len(steps), arrays)
+
+    def _segment(
+        self, group: int, sign: float, step: int, param: Tensor, grad: Tensor, state: dict[str, Tensor]
+    ) -> Segment:
+        """One whole tensor."""
+        arrays = {"param": param, "grad": grad, **state}
+        del arrays["step"]
+        of_tensor = {name: arrays.pop(name) for name in self._of_tensors if name in arrays}
+        if not _are_flat((param,), (grad,)):
+            arrays = self._flat(arrays)
+        master, grad = arrays.pop("param"), arrays.pop("grad")
+        return Segment(group, step, master, grad, arrays, None, sign, 0, param.shape, tensor_state=of_tensor)
+
+    def _flat(self, arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same as contiguous real arrays, the param in what it is computed in."""
+        if arrays["param"].is_complex():
+            arrays = {name: as_real(values) for name, values in arrays.items()}
+        param, grad = arrays["param"], arrays["grad"].resolve_neg().contiguous()
+        if _are_flat((param,), ()):
+            return {**arrays, "grad": grad}
         master = param.to(compute_dtype(param), memory_format=torch.contiguous_format, copy=True)
-        converted.append((param, master))
-    return Segment(
-        group=group,
-        step=int(state["step"]) + 1,
-        param=master,
-        grad=grad if grad.is_contiguous() else grad.contiguous(),
-        state=arrays,
-        low=None,
-        grad_scale=1.0,
-        shape=param.shape,
-        tensor_state={name: state[name] for name in of_tensors if name in state},
+        self._converted.append((param, master))
+        return {**arrays, "param": master, "grad": grad}
+
+
+def _dense_gradients(params: Sequence[Tensor], group: Mapping[str, Any], index: int) -> list[Tensor]:
+    """Those of parameters that have one. Raises UnsupportedError for a sparse one."""
+    grads = [grad for param in params if (grad := param.grad) is not None]
+    if {*map(_layout, grads)} == {torch.strided}:
+        return grads
+    pairs = zip(params, grads, strict=True)
+    sparse, layout = next((param, grad.layout) for param, grad in pairs if grad.layout is not torch.strided)
+    position = next(place for place, param in enumerate(group["params"]) if param is sparse)
+    raise UnsupportedError(
+        f"expected a dense gradient at parameter group {index}, position {position}, got {layout}; "
+        f"build the layer with sparse=False"
     )
+
+
+def _are_flat(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
+    """Whether kernels take them as they are."""
+    if not {*map(_dtype, params)} <= _COMPUTED or any(map(Tensor.is_neg, grads)):
+        return False
+    return all(map(Tensor.is_contiguous, params)) and all(map(Tensor.is_contiguous, grads))

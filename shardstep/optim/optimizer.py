@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT, StateDict
 
 from shardstep.errors import ArgumentTypeError, ConfigError, UnsupportedError
-from shardstep.optim.alone import batches_alone
+from shardstep.optim import alone
 from shardstep.optim.groups import check_options, check_parameters, defaults_of, parameters_of, with_flags
 from shardstep.optim.loading import States, as_step, checked_groups, checked_state
 from shardstep.rules import Rule
@@ -172,7 +172,8 @@ class Optimizer(torch.optim.Optimizer):
             whole = {0} if compiled.locality == "matrix" else set()
             return self._source.batches(per_tensor=compiled.is_by_tensor, whole=whole)
         signs = [self.grad_sign(index) for index in range(len(self.param_groups))]
-        return batches_alone(self.param_groups, signs, self.state, self.states_in, self.rule.tensor_states)
+        step = alone.Step(self.state, self.states_in, self.rule.tensor_states)
+        return step.batches(self.param_groups, signs, compiled.is_plain)
 
     def check_update(self, updated: Iterable[Update]) -> None:
         """Raise RuleError, before anything is changed, if hyper-parameters of an update have no value in the rule."""

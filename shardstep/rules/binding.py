@@ -104,6 +104,11 @@ def stored_arrays(state: State) -> tuple[StoredArray, ...]:
     return (codes, StoredArray(scale_name(state.name), torch.float32, SCALED_NUMEL)) if dtype in CODED else (codes,)
 
 
+def arrays_of(segment: Segment) -> dict[str, Tensor]:
+    """All that has an entry for each element, by the names that kernels know."""
+    return {"param": segment.param, "grad": segment.grad, **segment.state}
+
+
 def scale_name(state: str) -> str:
     """The name of the scales of a state."""
     return f"{state}_scale"

@@ -16,15 +16,15 @@ from torch import Tensor
 from shardstep.rules import noise
 from shardstep.rules.backends import blocks
 from shardstep.rules.binding import Binding, PhaseKernel, check_dtypes, checked, compute_dtype
-from shardstep.rules.ir import Buffer, Phase, Product, Program, Shape, Step, Steps, Sweep
+from shardstep.rules.hypers import Hypers, hypers_of
+from shardstep.rules.ir import Buffer, Product, Program, Shape, Step, Steps, Sweep
 from shardstep.rules.passes import cut_steps
 from shardstep.rules.scalars import Scalars, compile_scalars
+from shardstep.rules.variants import BackEnd
 from shardstep.rules.view import View, view_of
 from shardstep.types import Batch, Owners, Segment, Whole
 
-Hypers: TypeAlias = Mapping[str, object]
 ProgramFor: TypeAlias = Callable[[Hypers, torch.dtype, torch.dtype | None], Program]
-BackEnd: TypeAlias = Callable[[torch.device], Callable[[Phase, Binding], PhaseKernel]]
 
 _Kernels: TypeAlias = dict[int, PhaseKernel]
 """Those of the sweeps of a form, by their place among its steps."""
@@ -317,15 +317,6 @@ def _at_desks(jobs: Sequence[_Job], used: Callable[[_Form], tuple[range, Sequenc
         for job in together:
             job.desk = desk
             yield job
-
-
-def hypers_of(
-    group: Hypers, step: int, grad_scale: float, shape: tuple[int, ...], compute: torch.dtype
-) -> dict[str, object]:
-    """All that the host's scalars may be made of, for a tensor."""
-    view = view_of(shape)
-    of_shape = {"ndim": len(shape), "rows": view.rows, "columns": view.columns}
-    return {**group, **of_shape, "step": step, "grad_scale": grad_scale, "machine_eps": torch.finfo(compute).eps}
 
 
 def _hypers_of(whole: Whole, group: Hypers) -> dict[str, object]:

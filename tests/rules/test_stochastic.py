@@ -251,7 +251,7 @@ def test_without_llvm_the_bits_are_the_same(monkeypatch):
     arrays = inputs(3000, BF16)
     made = [part(arrays, 0, 3000, TURN - 77) for _ in range(2)]
     for one, back_end in zip(made, (llvm.compile_phase, reference.compile_phase), strict=True):
-        monkeypatch.setattr(compiled, "_back_end", lambda device, back_end=back_end: back_end)
+        monkeypatch.setattr(compiled, "back_end", lambda device, back_end=back_end: back_end)
         CompiledRule(adamw).update(Batch([one], [Update(0, 2, ())], lambda sums, _: sums), [adamw.hyperparameters])
     assert same_bits(made[0].param, made[1].param)
 

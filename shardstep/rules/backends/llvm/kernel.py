@@ -23,7 +23,7 @@ from shardstep.rules.backends.llvm.threads import Call, run_all
 from shardstep.rules.binding import CODED, Binding, Lines, cut_states, scale_name
 from shardstep.rules.ir import Phase
 from shardstep.types import BLOCK_NUMEL as BLOCK
-from shardstep.types import SCALED_NUMEL
+from shardstep.types import SCALED_NUMEL, Stack
 
 if TYPE_CHECKING:
     from shardstep.rules.backends.llvm.compiler import Loaded
@@ -103,7 +103,9 @@ class LlvmKernel:
         self._sizes.append((1, job.low.itemsize if job.low else 0))
         self._low, self._writes_low = job.binding.low, job.low is not None
         self._reductions, self._lines = job.reductions, job.phase.has_lines
-        self._pack = layout.format.pack
+        names = [name for name, _ in job.binding.stored]
+        self._places = [names.index(name) for name in layout.arrays]
+        self._layout, self._pack, self._unpack = layout, layout.format.pack, layout.format.unpack
 
     def __call__(
         self,
@@ -115,25 +117,42 @@ class LlvmKernel:
         lines: Lines | None = None,
     ) -> tuple[Tensor, ...]:
         """Run it in place on one tensor; see `PhaseKernel`."""
-        if self._reductions or self._lines or (count := arrays[self._names[0]].numel()) > WORTH_THREADS:
-            return self.many([Row(arrays, scalars, offset, low, lines)])[0]
-        self._run(self._pack(*self._addresses(arrays, low), count, offset, *scalars), 1)
-        return ()
+        return self.many([Row(arrays, scalars, offset, low, lines)])[0]
+
+    def rows(self, stack: Stack, counts: Sequence[int], scalars: Sequence[float]) -> list[bytes]:
+        """What `run` takes for a stack with these ``counts`` of elements and the binding's arrays, in its order.
+
+        It must live until then. For phases without sums, rows and columns.
+        """
+        low = stack.first.low
+        if self._writes_low if low is None else self._low is None:
+            raise self._misfit(low)
+        pack, width = self._pack, stack.width
+        addresses = [*map(_address, stack.arrays)]
+        if self._places == [*range(len(stack.names))]:
+            each = zip(*[iter(addresses)] * width, strict=True)
+        else:
+            places = self._places if low is None else [*self._places, width - 1]
+            each = zip(*[addresses[place::width] for place in places], strict=True)
+        rows = zip(each, counts, stack.offsets, strict=True)
+        if low is None:
+            return [pack(*found, 0, count, offset, *scalars) for found, count, offset in rows]
+        return [pack(*found, count, offset, *scalars) for found, count, offset in rows]
+
+    def run(self, rows: Sequence[bytes], numel: int) -> None:
+        """Run it in place on many tensors, of ``numel`` elements in all: in one call or in a few by several threads."""
+        if numel <= WORTH_THREADS or (threads := torch.get_num_threads()) == 1:
+            self._run(b"".join(rows), len(rows))
+        else:
+            run_all(self._run, self._calls(rows, max(min(CHUNK, -(-numel // threads)), BLOCK)), threads)
 
     def many(self, rows: Sequence[Row]) -> list[tuple[Tensor, ...]]:
-        """Run it in place on many tensors, in one call or in a few by several threads; the partials of each row."""
+        """Run it in place on many tensors; the partials of each row."""
         counts = [next(iter(row.arrays.values())).numel() for row in rows]  # a phase may use none but the index
         if any(reduction.along for reduction in self._reductions):
             return self._many_of_lines(rows, counts)
-        rooms: list[list[Tensor]] = [[]] * len(rows)
-        if self._reductions:
-            rooms = [self._room(count, row) for count, row in zip(counts, rows, strict=True)]
-        total, threads = sum(counts), torch.get_num_threads()
-        if total <= WORTH_THREADS or threads == 1:
-            threads, length = 1, total + BLOCK
-        else:
-            length = max(min(CHUNK, -(-total // threads)), BLOCK)
-        run_all(self._run, self._calls(rows, counts, rooms, length), threads)
+        rooms = [self._room(count, row) for count, row in zip(counts, rows, strict=True)]
+        self.run([self._packed(row, room) for row, room in zip(rows, rooms, strict=True)], sum(counts))
         return [tuple(room) for room in rooms]
 
     def _many_of_lines(self, rows: Sequence[Row], counts: Sequence[int]) -> list[tuple[Tensor, ...]]:
@@ -144,7 +163,7 @@ class LlvmKernel:
         whole = [(i, rows[i], self._room(counts[i], rows[i])) for i, cut in enumerate(large) if not cut]
         calls = []
         for turn in range(threads):  # some of the tensors for each
-            pieces = [self._whole_piece(row, room) for _, row, room in whole[turn::threads]]
+            pieces = [self._packed(row, room) for _, row, room in whole[turn::threads]]
             calls += [(b"".join(pieces), len(pieces))] if pieces else []
         run_all(self._run, calls, threads if sum(counts) > WORTH_THREADS else 1)
         for i, _, room in whole:
@@ -157,7 +176,7 @@ class LlvmKernel:
         ends = list(cuts(count, row.offset, -(-count // threads) + BLOCK))
         parts = [_part(row, begin, end) for begin, end in ends]
         rooms = [self._room(end - begin, part) for (begin, end), part in zip(ends, parts, strict=True)]
-        calls = [(self._whole_piece(part, room), 1) for part, room in zip(parts, rooms, strict=True)]
+        calls = [(self._packed(part, room), 1) for part, room in zip(parts, rooms, strict=True)]
         run_all(self._run, calls, threads)
         return tuple(self._joined(reduction, row, ends, rooms) for reduction in self._reductions)
 
@@ -174,18 +193,18 @@ class LlvmKernel:
             join_lines(reduction.line.operation, into.numpy(), values.numpy())
         return whole
 
-    def _calls(self, rows: Sequence[Row], counts: list[int], rooms: list[list[Tensor]], length: int) -> list[Call]:
+    def _calls(self, rows: Sequence[bytes], length: int) -> list[Call]:
         """Tables of about ``length`` elements each: long rows are cut, short ones go together."""
         calls, packed, size = list[Call](), list[bytes](), 0
-        for row, count, room in zip(rows, counts, rooms, strict=True):
-            addresses, partials = self._addresses(row.arrays, row.low), self._partials(row, room)
+        for row in rows:
+            words = self._unpack(row)
+            count, offset = words[self._layout.count], words[self._layout.offset]
             if size + count <= length - BLOCK:  # the usual case of many small ones
-                lines = self._of_lines(row, 0)
-                packed.append(self._pack(*addresses, count, row.offset, *partials, *lines, *row.scalars))
+                packed.append(row)
                 size += count
                 continue
-            for begin, end in cuts(count, row.offset, length):
-                packed.append(self._piece(row, addresses, partials, begin, end))
+            for begin, end in cuts(count, offset, length):
+                packed.append(self._pack(*self._layout.part(words, self._sizes, begin, end)))
                 size += end - begin
                 if size > length - BLOCK:
                     calls.append((b"".join(packed), len(packed)))
@@ -225,25 +244,18 @@ class LlvmKernel:
         found.append(0 if low is None else low.data_ptr())
         return found
 
-    def _whole_piece(self, row: Row, room: list[Tensor]) -> bytes:
+    def _packed(self, row: Row, room: list[Tensor]) -> bytes:
         count = next(iter(row.arrays.values())).numel()
-        return self._piece(row, self._addresses(row.arrays, row.low), self._partials(row, room), 0, count)
+        partials, lines = self._partials(row, room), self._of_lines(row)
+        return self._pack(*self._addresses(row.arrays, row.low), count, row.offset, *partials, *lines, *row.scalars)
 
-    def _piece(self, row: Row, addresses: list[int], partials: list[int], begin: int, end: int) -> bytes:
-        """Elements ``begin`` to ``end`` of a row, as a row of their own."""
-        position = row.offset + begin
-        block = position // BLOCK - row.offset // BLOCK
-        moved = [address + begin // per * size for address, (per, size) in zip(addresses, self._sizes, strict=True)]
-        sums = [address + 8 * block for address in partials]
-        return self._pack(*moved, end - begin, position, *sums, *self._of_lines(row, begin), *row.scalars)
-
-    def _of_lines(self, row: Row, begin: int) -> list[int]:
+    def _of_lines(self, row: Row) -> list[int]:
         if not self._lines:
             return []
         if row.lines is None:
             raise ConfigError("expected where the rows and columns of the run are, got nothing; pass lines=")
         (_, rows, columns), vectors = row.lines.view, row.lines.vectors
-        return [row.lines.start + begin, columns, rows, *map(_address, vectors)]
+        return [row.lines.start, columns, rows, *map(_address, vectors)]
 
     def _misfit(self, low: Tensor | None) -> ConfigError:
         if low is None:

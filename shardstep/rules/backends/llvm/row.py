@@ -8,9 +8,10 @@ one after another, so that one call serves many tensors. Nothing here touches me
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from shardstep.rules.binding import Binding
 from shardstep.rules.ir import Phase
@@ -56,6 +57,20 @@ class RowLayout:
     @property
     def words(self) -> int:
         return self.first_scalar + self.scalars
+
+    def part(self, words: Sequence[Any], sizes: Sequence[tuple[int, int]], begin: int, end: int) -> list[Any]:
+        """Elements ``begin`` to ``end`` of an unpacked row, as a row of their own. ``sizes``: of each array and of low,
+        how many elements share an entry, and its bytes.
+        """
+        new = list(words)
+        for word, (per, size) in enumerate(sizes):
+            new[word] += begin // per * size
+        new[self.count], new[self.offset] = end - begin, words[self.offset] + begin
+        for word in range(self.first_partials, self.first_of_lines):
+            new[word] += 8 * (new[self.offset] // BLOCK - words[self.offset] // BLOCK)
+        if self.vectors is not None:
+            new[self.first_of_lines] += begin
+        return new
 
     @cached_property
     def format(self) -> struct.Struct:

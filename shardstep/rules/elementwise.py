@@ -1,0 +1,102 @@
+"""Updates by rules over single elements: one phase and no sums.
+
+Models have many small tensors, and what Python does for each of them soon takes longer than its update. So tensors are
+looked at in columns, by functions that run in C; one by one only where columns are mixed.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from operator import attrgetter
+from typing import Any, Final
+
+from torch import Tensor
+
+from shardstep.rules import noise
+from shardstep.rules.backends.choice import ManyKernel
+from shardstep.rules.hypers import Hypers, segment_hypers
+from shardstep.rules.variants import Kind, Variant, Variants, kind_of
+from shardstep.types import Segment, Stack
+
+_is_cpu: Final = attrgetter("is_cpu")
+_dtype: Final = attrgetter("dtype")
+
+
+@dataclass(slots=True)
+class _Table:
+    """What one kernel is to run on: rows, and the elements of all of them."""
+
+    kernel: ManyKernel
+    rows: list[Any] = field(default_factory=list)
+    numel: int = 0
+
+
+def update_elements(variants: Variants, stacks: Iterable[Stack], groups: Sequence[Hypers]) -> None:
+    """Update all in place. Nothing is changed before the scalars of all of them are known."""
+    tables: dict[Variant, _Table] = {}
+    for stack, kind in chain.from_iterable(map(_of_one_kind, stacks)):
+        segment = stack.first
+        hypers = segment_hypers(segment, groups[segment.group])
+        variant = variants.of(segment, kind, hypers)
+        compiled = variant.passes[-1]
+        table = tables.get(variant)
+        if table is None:
+            table = tables[variant] = _Table(compiled.kernel)
+        counts = [*map(Tensor.numel, stack.arrays[:: stack.width])]
+        table.rows += compiled.kernel.rows(stack, counts, compiled.scalars(hypers, {}))
+        table.numel += sum(counts)
+    for table in tables.values():
+        table.kernel.run(table.rows, table.numel)
+
+
+def stacks_of(segments: Sequence[Segment]) -> Iterable[Stack]:
+    """Segments in stacks, those together that may be."""
+    found: dict[object, Stack] = {}
+    for segment in noise.with_one_key(segments):
+        turn = 0 if segment.seed is None else segment.offset // noise.TURN
+        names = ("param", "grad", *segment.state)
+        alike = (segment.group, segment.grad_scale, segment.seed, turn, segment.low is None, names)
+        _put(segment, names, found, alike)
+    return found.values()
+
+
+def _put(segment: Segment, names: tuple[str, ...], stacks: dict[Any, Stack], key: object) -> None:
+    """Onto the stack with this key."""
+    arrays = [segment.param, segment.grad, *segment.state.values()]
+    if segment.low is not None:
+        arrays.append(segment.low)
+    stack = stacks.get(key)
+    if stack is None:
+        stacks[key] = Stack(segment, names, [segment.step], [segment.offset], arrays)
+        return
+    stack.steps.append(segment.step)
+    stack.offsets.append(segment.offset)
+    stack.arrays += arrays
+
+
+def _of_one_kind(stack: Stack) -> Iterable[tuple[Stack, Kind]]:
+    """Parts of a stack with one step count and one kind. Raises ConfigError for arrays that do not fit."""
+    common = _common_kind(stack)
+    if common is not None:
+        return ((stack, common),)
+    parts: dict[tuple[int, Kind], Stack] = {}
+    for segment in stack.segments():
+        _put(segment, stack.names, parts, (segment.step, kind_of(segment)))
+    return [(part, kind) for (_, kind), part in parts.items()]
+
+
+def _common_kind(stack: Stack) -> Kind | None:
+    """The kind of all segments, if they have one, and one step count, and are arrays of one length on the CPU."""
+    arrays, width = stack.arrays, stack.width
+    if not all(map(_is_cpu, arrays)) or not all(map(Tensor.is_contiguous, arrays)):
+        return None
+    counts, dtypes = [*map(Tensor.numel, arrays)], [*map(_dtype, arrays)]
+    own = dtypes[:width]
+    if len(arrays) > width:
+        if dtypes != own * len(stack.steps) or len(set(stack.steps)) > 1:
+            return None
+        if any(counts[place::width] != counts[::width] for place in range(1, width)):
+            return None
+    elif counts != counts[:1] * width:
+        return None
+    return (stack.first.seed is None, stack.names, stack.first.param.device, *own)
