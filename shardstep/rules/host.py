@@ -1,12 +1,13 @@
-"""What the host works out of one tensor between phases: rows and columns, what is made of them, and states of those.
+"""What the host works out between phases: of rows and columns, what is made of them, and states of those.
 
-A plan is made once for each kind of tensor: which values are computed before which phase. Values of rows and columns
-are numpy arrays in the compute dtype; what is one number stays with `scalars`. It takes time for each row and column,
-never for each element. Nothing here runs a phase, and nothing is stored before all is known. Whoever calls this is in
+A plan is made once for each kind of tensor: which values are computed before which phase. Tensors that are updated
+alike, and have one shape, go through it together, since models have many of them: their values of rows and columns are
+numpy arrays in the compute dtype, with one axis more for the tensors. It takes time for each row and column, never for
+each element. Nothing here runs a phase, and nothing is stored before all is known. Whoever calls this is in
 `evaluation.exactly`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ from shardstep.rules.backends import blocks
 from shardstep.rules.backends.elements import constant, evaluate
 from shardstep.rules.backends.evaluation import reduce
 from shardstep.rules.backends.rounding import NUMPY, read, write
-from shardstep.rules.ir import OPERATIONS, Phases, Vector
+from shardstep.rules.ir import OPERATIONS, Phases, Program, Vector
+from shardstep.rules.passes.elementary import ELEMENTARY
 from shardstep.rules.passes.split import hosted_values, is_swept
 from shardstep.rules.scalars import Scalars, compile_scalars
 from shardstep.rules.view import View
@@ -31,6 +33,8 @@ class HostPlan:
     def __init__(self, phases: Phases, compute: torch.dtype) -> None:
         self.program, self.compute = phases.program, compute
         self.hosted = hosted_values(self.program)
+        self.varying = _varying(self.program)
+        """Which values differ between tensors that are updated alike."""
         self.stores = tuple((name, n) for name, n in self.program.stores if self.program.shapes[name] != "element")
         self.scalars: dict[int, Scalars] = {}
         self.steps: list[list[int]] = []
@@ -73,83 +77,155 @@ class HostPlan:
             self.scalars[number] = compile_scalars(self.program, (number,))
 
 
-class HostValues:
-    """Those of one tensor. ``known``: its numbers so far, and those to come: of reductions and states, by number."""
+class HostTable:
+    """The values of tensors that are updated alike: of one plan, view and hyper-parameters.
 
-    def __init__(
-        self,
-        plan: HostPlan,
-        view: View,
-        hypers: Mapping[str, object],
-        states: Mapping[str, Tensor],
-        known: dict[int, float],
-    ) -> None:
-        self._plan, self._view, self._hypers, self._states, self._known = plan, view, hypers, states, known
+    Those that are one number for each tensor have the shape (tensors, 1, 1, 1), or () where all have the same; the
+    others have the view's extent for each tensor.
+    """
+
+    def __init__(self, plan: HostPlan, view: View, hypers: Mapping[str, object]) -> None:
+        self._plan, self._view, self._hypers = plan, view, hypers
+        self._states: list[Mapping[str, Tensor]] = []
+        self._known: list[dict[int, float]] = []
+        self._taken: dict[int, dict[int, Array]] = {}
         self._values: dict[int, Array] = {}
+        self._vectors: dict[Vector, tuple[Tensor, ...]] = {}
+        self._stage = 0
 
-    def take(self, number: int, whole: Tensor) -> None:
+    def add(self, states: Mapping[str, Tensor], known: dict[int, float]) -> int:
+        """One more tensor; its place. ``known``: its numbers so far, and those to come, by number."""
+        self._states.append(states)
+        self._known.append(known)
+        return len(self._known) - 1
+
+    def take(self, place: int, number: int, whole: Tensor) -> None:
         """Note a reduction that a phase has made: the block sums of the tensor, or what all of its lines have."""
-        line, found = self._plan.program.instructions[number], whole.cpu().numpy()
-        if line.type.shape == "tensor":
-            self._known[number] = float(blocks.combine(line.operation, found))
-            return
-        self._values[number] = found.astype(NUMPY[self._plan.compute]).reshape(self._view.extent(line.type.shape))
+        self._taken.setdefault(number, {})[place] = whole.cpu().numpy()
 
     def advance(self, stage: int) -> None:
-        """Work out what comes before a phase. Raises RuleError if a per-step scalar has no value."""
-        for number in self._plan.steps[stage]:
-            value = self._value(number)
-            if self._plan.program.instructions[number].type.is_single:
-                self._known[number] = float(value)
-            else:
-                self._values[number] = value
+        """Work out what comes before a phase, if that is not done. All that earlier phases have made was taken.
 
-    def vectors(self, wanted: Sequence[Vector]) -> tuple[Tensor, ...]:
-        """As a kernel takes them."""
-        return tuple(map(self._vector, wanted))
+        Raises RuleError if a per-step scalar has no value.
+        """
+        while self._stage <= stage:
+            for number, found in self._taken.items():
+                self._join(number, [found[place] for place in range(len(self._known))])
+            self._taken.clear()
+            for number in self._plan.steps[self._stage]:
+                self._keep(number, self._value(number))
+            self._stage += 1
 
-    def store(self) -> list[tuple[Tensor, Array]]:
-        """The states of rows, columns and the tensor, with what is to be written to each."""
-        return [(self._states[name], self._stored(name, number)) for name, number in self._plan.stores]
+    def vectors(self, place: int, wanted: Sequence[Vector]) -> tuple[Tensor, ...]:
+        """Those of one tensor, as a kernel takes them."""
+        return tuple(self._vector(vector)[place] for vector in wanted)
 
-    def _vector(self, vector: Vector) -> Tensor:
-        values, view = self._values[vector.number], self._view
-        if vector.anchors:
-            values = blocks.anchors(values, view.terms(vector.shape))
-        if values.shape != view.extent(vector.shape):
-            values = np.broadcast_to(values, view.extent(vector.shape))
-        return torch.from_numpy(np.array(values).reshape(-1))
+    def store(self) -> list[tuple[list[Tensor], Array]]:
+        """The states of rows, columns and tensors, with what is to be written to those of all tensors."""
+        return [([own[name] for own in self._states], self._stored(name, n)) for name, n in self._plan.stores]
+
+    def _join(self, number: int, found: list[Array]) -> None:
+        line = self._plan.program.instructions[number]
+        if line.type.shape == "tensor":
+            self._keep(number, np.asarray(_combined(line.operation, found)))
+        else:
+            lines = np.stack(found).astype(NUMPY[self._plan.compute])
+            self._values[number] = lines.reshape(len(found), *self._view.extent(line.type.shape))
+
+    def _keep(self, number: int, value: Array) -> None:
+        if self._plan.program.instructions[number].type.is_single:
+            value = value.reshape(-1, 1, 1, 1)
+            for known, own in zip(self._known, value.reshape(-1), strict=True):
+                known[number] = float(own)
+        self._values[number] = value
+
+    def _vector(self, vector: Vector) -> tuple[Tensor, ...]:
+        if vector not in self._vectors:
+            values = self._array(vector.number)
+            if vector.anchors:
+                values = blocks.anchors(values, self._view.terms(vector.shape))
+            whole = np.array(np.broadcast_to(values, (len(self._known), *self._view.extent(vector.shape))))
+            self._vectors[vector] = torch.from_numpy(whole.reshape(len(whole), -1)).unbind()
+        return self._vectors[vector]
 
     def _stored(self, name: str, number: int) -> Array:
-        value = self._array(number)
-        if extent := self._view.extent(self._plan.program.shapes[name]):
-            value = np.broadcast_to(value.astype(NUMPY[self._plan.compute], copy=False), extent)
-        return np.array(value).reshape(tuple(self._states[name].shape))
+        value, extent = self._array(number), self._view.extent(self._plan.program.shapes[name])
+        if extent:
+            value = value.astype(NUMPY[self._plan.compute], copy=False)
+        return np.broadcast_to(value, (len(self._known), *(extent or (1, 1, 1))))
 
     def _value(self, number: int) -> Array:
+        """Of a state, a reduction of lines, or what is made of lines."""
         line, compute = self._plan.program.instructions[number], self._plan.compute
         if line.operation == "load":
-            state = self._states[str(line.attributes[0])]
+            states = torch.stack([own[str(line.attributes[0])] for own in self._states])
             extent = self._view.extent(line.type.shape)
-            return read(state, compute).reshape(extent) if extent else np.asarray(state.item())
+            values = read(states, compute) if extent else states.double().numpy()
+            return values.reshape(len(states), *extent)
         arguments = [self._array(argument) for argument in line.arguments]
-        if OPERATIONS[line.operation].family == "reduction":
+        if OPERATIONS[line.operation].family == "reduction" and line.type.shape != "tensor":
             return reduce(line, arguments, compute, 0)
+        if line.type.shape == "tensor" or line.operation in ELEMENTARY:
+            return self._one_by_one(number, arguments)
         return evaluate(line, arguments, compute)
+
+    def _one_by_one(self, number: int, arguments: list[Array]) -> Array:
+        """What must not see several tensors at once."""
+        line, compute, made = self._plan.program.instructions[number], self._plan.compute, list[Array]()
+        single = [self._plan.program.instructions[argument].type.is_single for argument in line.arguments]
+        for place in range(len(self._known)):
+            own = [value[place] if value.ndim else value for value in arguments]
+            own = [value.reshape(()) if alone else value for value, alone in zip(own, single, strict=True)]
+            reduces = OPERATIONS[line.operation].family == "reduction"
+            made.append(reduce(line, own, compute, 0) if reduces else evaluate(line, own, compute))
+        return np.stack(made)
 
     def _array(self, number: int) -> Array:
         """The value of what an instruction takes: one that was worked out, one number, or words of one number."""
-        if number in self._values:
-            return self._values[number]
-        line = self._plan.program.instructions[number]
+        if number not in self._values:
+            self._values[number] = self._made(number)
+        return self._values[number]
+
+    def _made(self, number: int) -> Array:
+        plan, line = self._plan, self._plan.program.instructions[number]
         if line.operation == "const":
-            return constant(line, self._plan.compute)
-        if number in self._plan.scalars:
-            return np.asarray(self._plan.scalars[number](self._hypers, self._known)[0])
-        return evaluate(line, [self._array(argument) for argument in line.arguments], self._plan.compute)
+            return constant(line, plan.compute)
+        if number not in plan.scalars:
+            return evaluate(line, [self._array(argument) for argument in line.arguments], plan.compute)
+        if number not in plan.varying:
+            return np.asarray(plan.scalars[number](self._hypers, self._known[0])[0])
+        found = [plan.scalars[number](self._hypers, known)[0] for known in self._known]
+        return np.asarray(found).reshape(-1, 1, 1, 1)
 
 
-def write_states(stores: Sequence[tuple[Tensor, Array]]) -> None:
-    """Do what `HostValues.store` has asked for."""
-    for state, values in stores:
-        write(values, state)
+def write_states(stores: Iterable[tuple[list[Tensor], Array]]) -> None:
+    """Do what `HostTable.store` has asked for."""
+    for states, values in stores:
+        rounded = torch.empty(values.shape, dtype=states[0].dtype)
+        write(values, rounded)
+        pairs = zip(rounded.to(states[0].device), states, strict=True)
+        torch._foreach_copy_(states, [own.view(state.shape) for own, state in pairs])
+
+
+def _varying(program: Program) -> frozenset[int]:
+    """What is made of a tensor's states and sums."""
+    found = set[int]()
+    for number, line in enumerate(program.instructions):
+        own = line.operation == "load" or OPERATIONS[line.operation].family == "reduction"
+        if own or not found.isdisjoint(line.arguments):
+            found.add(number)
+    return frozenset(found)
+
+
+def _combined(operation: str, found: Sequence[Array]) -> list[float]:
+    """Of each tensor, its block sums as one; those of equally many blocks together."""
+    made = [0.0] * len(found)
+    by_length: dict[int, list[int]] = {}
+    for place, parts in enumerate(found):
+        by_length.setdefault(len(parts), []).append(place)
+    for places in by_length.values():
+        for place, value in zip(
+            places, blocks.combine(operation, np.stack([found[p] for p in places], axis=1)), strict=True
+        ):
+            made[place] = float(value)
+    return made

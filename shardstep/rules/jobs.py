@@ -17,7 +17,7 @@ from shardstep.rules.backends import blocks
 from shardstep.rules.backends.evaluation import exactly
 from shardstep.rules.backends.llvm import Row
 from shardstep.rules.binding import Lines, arrays_of
-from shardstep.rules.host import HostValues, write_states
+from shardstep.rules.host import HostTable, write_states
 from shardstep.rules.hypers import Hypers, segment_hypers
 from shardstep.rules.variants import Variant, Variants, kind_of
 from shardstep.rules.view import view_of
@@ -34,13 +34,15 @@ class Common:
 
 @dataclass(slots=True)
 class Job:
-    """One segment on its way through the phases. ``known``: what the host knows of its tensor, by number."""
+    """One segment on its way through the phases. ``known``: what the host knows of its tensor, by number; ``host``: its
+    place in a table, where the host has more to do than numbers.
+    """
 
     segment: Segment
     variant: Variant
     common: Common
     known: dict[int, float]
-    host: HostValues | None = None
+    host: tuple[HostTable, int] | None = None
 
     def sums(self, number: int) -> tuple[tuple[str, int], ...]:
         """What a phase sums up; nothing if it is not one of this job."""
@@ -56,7 +58,8 @@ class Job:
         """What its sums are for the whole tensor."""
         for (operation, value), found in zip(self.sums(number), whole, strict=True):
             if self.host is not None:
-                self.host.take(value, found)
+                table, place = self.host
+                table.take(place, value, found)
             else:
                 self.known[value] = float(blocks.combine(operation, found.cpu().numpy()))
 
@@ -70,40 +73,44 @@ class Job:
                 self.common.scalars[self.variant] = scalars
         return Row(arrays_of(self.segment), scalars, self.segment.offset, self.segment.low, lines)
 
-    def stores(self) -> list[tuple[Tensor, Any]]:
-        """What the host stores after the last phase."""
-        if self.host is None:
-            return []
-        self.host.advance(len(self.variant.passes))
-        return self.host.store()
-
     def _before(self, number: int) -> Lines | None:
         """The host's work before a phase; what a phase with rows and columns must know."""
         if self.host is None:
             return None
-        self.host.advance(number)
+        table, place = self.host
+        table.advance(number)
         phase = self.variant.passes[number].phase
         if not phase.has_lines:
             return None
-        return Lines(view_of(self.segment.shape or ()), self.segment.start, self.host.vectors(phase.vectors))
+        return Lines(view_of(self.segment.shape or ()), self.segment.start, table.vectors(place, phase.vectors))
 
 
 def update_by_tensor(variants: Variants, batch: Batch, groups: Sequence[Hypers]) -> None:
     """Update segments in place. Collective where the rule makes sums; nothing is stored before all is known."""
-    jobs = _jobs(variants, batch.segments, groups)
-    with exactly() if any(job.host for job in jobs) else nullcontext():
+    jobs, tables = _jobs(variants, batch.segments, groups)
+    with exactly() if tables else nullcontext():
         _make_sums(variants, batch, jobs, groups)
         together: dict[Variant, list[Row]] = {}
         for job in _with_one_key(jobs):
             together.setdefault(job.variant, []).append(job.row())
-        stores = [store for job in jobs for store in job.stores()]
+        stores = [store for variant, table in tables for store in _stores(variant, table)]
         for variant, rows in together.items():
             variant.passes[-1].kernel.many(rows)
         write_states(stores)
 
 
-def _jobs(variants: Variants, segments: Sequence[Segment], groups: Sequence[Hypers]) -> list[Job]:
+def _stores(variant: Variant, table: HostTable) -> list[tuple[list[Tensor], Any]]:
+    """What the host stores after the last phase."""
+    table.advance(len(variant.passes))
+    return table.store()
+
+
+def _jobs(
+    variants: Variants, segments: Sequence[Segment], groups: Sequence[Hypers]
+) -> tuple[list[Job], list[tuple[Variant, HostTable]]]:
+    """And the tables that they are in."""
     found: dict[tuple[object, ...], Common] = {}
+    tables: dict[tuple[object, ...], tuple[Variant, HostTable]] = {}
     jobs = []
     for segment in segments:
         shape = segment.shape or ()
@@ -118,9 +125,13 @@ def _jobs(variants: Variants, segments: Sequence[Segment], groups: Sequence[Hype
         known = {number: float(getattr(view, what)) for number, what in variant.counts}
         job = Job(segment, variant, common, known)
         if variant.host is not None:
-            job.host = HostValues(variant.host, view, common.hypers, segment.tensor_state, known)
+            key = (variant, id(common), view)
+            if key not in tables:
+                tables[key] = variant, HostTable(variant.host, view, common.hypers)
+            table = tables[key][1]
+            job.host = table, table.add(segment.tensor_state, known)
         jobs.append(job)
-    return jobs
+    return jobs, list(tables.values())
 
 
 def _with_one_key(jobs: list[Job]) -> Iterator[Job]:

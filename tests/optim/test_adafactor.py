@@ -54,6 +54,35 @@ def test_numbers_and_states_are_torchs(options, dtype):
             torch.testing.assert_close(mine.state[param][name], values, rtol=1e-5, atol=1e-6)
 
 
+def several(dtype):
+    """Tensors of a few shapes in turn, of very different magnitudes; one has an infinity."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = [(30, 20), (9,), (30, 20), (2, 5, 7), (9,), (30, 20), (2, 5, 7)]
+    for number, shape in enumerate(shapes):
+        values = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(5)]
+        param, *grads = ((10.0 ** (3 * number - 9) * one).to(dtype) for one in values)
+        grads[2].view(-1)[3] = math.inf if number == 2 else 1.0
+        yield nn.Parameter(param), grads
+
+
+@pytest.mark.parametrize("kind", [Adafactor, ss.optim.keras.Adafactor, ss.optim.LAMB], ids=lambda kind: kind.__module__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_tensors_that_go_together_have_the_bits_of_each_alone(kind, dtype):
+    together, apart = [param for param, _ in several(dtype)], [param for param, _ in several(dtype)]
+    optimizers = [kind(together), *(kind([param]) for param in apart)]
+    for step in range(4):
+        for params in (together, apart):
+            for number, (param, (_, grads)) in enumerate(zip(params, several(dtype), strict=True)):
+                param.grad = None if (step + number) % 4 == 1 else grads[step]
+        for optimizer in optimizers:
+            optimizer.step()
+    for param, other, optimizer in zip(together, apart, optimizers[1:], strict=True):
+        mine, alone = ({"": p.detach(), **o.state[p]} for p, o in ((param, optimizers[0]), (other, optimizer)))
+        assert mine.keys() == alone.keys()
+        for name, values in mine.items():
+            torch.testing.assert_close(values, alone[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
 @pytest.mark.parametrize(
     "kinds", [(Adafactor, torch.optim.Adafactor), (torch.optim.Adafactor, Adafactor)], ids=["to torch", "from torch"]
 )

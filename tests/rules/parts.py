@@ -10,7 +10,7 @@ import torch
 from shardstep.rules.backends.blocks import join_lines, no_lines
 from shardstep.rules.backends.evaluation import exactly
 from shardstep.rules.binding import Binding, Lines
-from shardstep.rules.host import HostPlan, HostValues, write_states
+from shardstep.rules.host import HostPlan, HostTable, write_states
 from shardstep.rules.scalars import compile_scalars
 from shardstep.rules.view import view_of
 
@@ -32,27 +32,26 @@ def _run_in_parts(phases, arrays, hypers, make, places, compute, offset, low):
     counts = {i: line.operation for i, line in enumerate(phases.program.instructions)}
     counts = {i: float(getattr(view, name)) for i, name in counts.items() if name in ("numel", "rows", "columns")}
     states = [{name: a.clone() for name, a in arrays.items() if shapes[name] != "element"} for _ in cuts]
-    hosts = [HostValues(plan, view, hypers, state, known) for state, known in ((s, dict(counts)) for s in states)]
-    knowns = [host._known for host in hosts]
+    table, knowns = HostTable(plan, view, hypers), [dict(counts) for _ in states]
+    ranks = [table.add(state, known) for state, known in zip(states, knowns, strict=True)]
     stored = tuple((name, array.dtype) for name, array in flat.items())
     for number, phase in enumerate(phases.phases):
         last = number == len(phases.phases) - 1
         kernel = make(phase, Binding(compute, stored, low.dtype if last and low is not None else None))
         made = []
-        for (start, stop), host, known in zip(cuts, hosts, knowns, strict=True):
-            host.advance(number)
+        for (start, stop), rank, known in zip(cuts, ranks, knowns, strict=True):
+            table.advance(number)
             scalars = compile_scalars(phases.program, phase.scalars)(hypers, known)
             run = {name: array[start:stop] for name, array in flat.items()}
-            lines = Lines(view, start, host.vectors(phase.vectors)) if phase.has_lines else None
+            lines = Lines(view, start, table.vectors(rank, phase.vectors)) if phase.has_lines else None
             part = None if not last or low is None else low[start:stop]
             made.append(kernel(run, scalars, offset=offset + start, low=part, lines=lines))
         for index, (_, value) in enumerate(phase.sums):
             whole = joined(phase.reductions[index], [parts[index] for parts in made], cuts, view)
-            for host in hosts:
-                host.take(value, whole)
-    for host in hosts:
-        host.advance(len(phases.phases))
-        write_states(host.store())
+            for rank in ranks:
+                table.take(rank, value, whole)
+    table.advance(len(phases.phases))
+    write_states(table.store())
     for name in states[0]:
         assert all(bytes_of(state[name]) == bytes_of(states[0][name]) for state in states)
         arrays[name].copy_(states[0][name])

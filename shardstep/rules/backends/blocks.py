@@ -75,7 +75,7 @@ def reduce(operation: str, values: Array, offset: int = 0) -> Array:
 
 
 def line_max(values: Array, axis: int) -> Array:
-    """The largest of each row (axis 2) or column (axis 1) of a batch of matrices."""
+    """The largest of each row (axis -1) or column (axis -2) of matrices."""
     return np.asarray(values.max(axis=axis, keepdims=True, initial=-np.inf) + values.dtype.type(0))
 
 

@@ -143,7 +143,7 @@ def reduce(line: ir.Instruction, arguments: Sequence[Array], compute: torch.dtyp
     """
     if line.type.shape == "tensor":
         return blocks.reduce(line.operation, arguments[0].reshape(-1), offset)
-    values, axis = arguments[0], 2 if line.type.shape == "row" else 1
+    values, axis = arguments[0], -1 if line.type.shape == "row" else -2
     if line.operation.endswith("max"):
         return blocks.line_max(values, axis)
     largest = arguments[1] if line.operation.endswith("total") else blocks.line_max(np.abs(values), axis)
