@@ -6,7 +6,6 @@ looked at in columns, by functions that run in C; one by one only where columns 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from operator import attrgetter
 from typing import Any, Final
 
@@ -34,17 +33,18 @@ class _Table:
 def update_elements(variants: Variants, stacks: Iterable[Stack], groups: Sequence[Hypers]) -> None:
     """Update all in place. Nothing is changed before the scalars of all of them are known."""
     tables: dict[Variant, _Table] = {}
-    for stack, kind in chain.from_iterable(map(_of_one_kind, stacks)):
-        segment = stack.first
-        hypers = segment_hypers(segment, groups[segment.group])
-        variant = variants.of(segment, kind, hypers)
-        compiled = variant.passes[-1]
-        table = tables.get(variant)
-        if table is None:
-            table = tables[variant] = _Table(compiled.kernel)
-        counts = [*map(Tensor.numel, stack.arrays[:: stack.width])]
-        table.rows += compiled.kernel.rows(stack, counts, compiled.scalars(hypers, {}))
-        table.numel += sum(counts)
+    for given in stacks:
+        for stack, kind in _of_one_kind(given):
+            segment = stack.first
+            hypers = segment_hypers(segment, groups[segment.group])
+            variant = variants.of(segment, kind, hypers)
+            compiled = variant.passes[-1]
+            table = tables.get(variant)
+            if table is None:
+                table = tables[variant] = _Table(compiled.kernel)
+            counts = [*map(Tensor.numel, stack.arrays[:: stack.width])]
+            table.rows += compiled.kernel.rows(stack, counts, compiled.scalars(hypers, {}))
+            table.numel += sum(counts)
     for table in tables.values():
         table.kernel.run(table.rows, table.numel)
 
