@@ -1,5 +1,6 @@
 """Ranks that use other units, or other parameters of one, than their peers at that time: no wait, the same bits."""
 
+import time
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 import shardstep as ss
 from shardstep.collectives import Group
+from shardstep.sharding.loans import Loan
 from tests.sharding.models import BF16
 
 LEAVES, STEPS, WIDTH = 4, 3, 9
@@ -111,3 +113,38 @@ def loans_of_the_moment() -> tuple[float, float, bool]:
 
 def test_what_is_taken_are_the_values_of_that_time(ranks):
     assert ranks(2).run(loans_of_the_moment) == [(10.0, 11.0, True)] * 2
+
+
+def slow_reader(slow_rank: int | None) -> tuple[str, list[float]]:
+    """Whoever writes into shards must wait for this rank, which always takes them late; and it for slow writers."""
+    torch.manual_seed(5)
+    model = Paths()
+    optimizer = ss.optim.AdamW(model.parameters(), lr=0.01)
+    sharded = ss.shard(model, optimizer, stage=3, prefetch=1)
+    average = ss.Average(model, decay=0.5)
+    patched, seen = pytest.MonkeyPatch(), list[float]()
+    if sharded.rank == slow_rank:
+        take = Loan.take
+        patched.setattr(Loan, "take", lambda *args: time.sleep(0.02) or take(*args))
+    for step in range(2):
+        for leaf in range(sharded.rank, LEAVES, sharded.world_size):
+            model(batch(step, leaf), *PATHS[leaf]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update()
+        with ss.gathered(model), torch.no_grad():
+            seen.append(float(sum(parameter.double().sum() for parameter in model.parameters())))
+            for parameter in model.parameters():
+                parameter.mul_(0.5)
+    with average.applied(), torch.no_grad():
+        seen.append(float(model(batch(0, 0), *PATHS[0])))
+    with torch.no_grad():
+        seen.append(float(model(batch(0, 0), *PATHS[0])))
+    patched.undo()
+    return ss.digest(model, optimizer), seen
+
+
+@pytest.mark.parametrize("slow_rank", [0, 1])
+def test_nobody_writes_while_a_slow_rank_is_reading(ranks, slow_rank):
+    (expected,) = ranks(1).run(slow_reader, None)
+    assert ranks(2).run(slow_reader, slow_rank) == [expected] * 2
