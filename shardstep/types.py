@@ -146,7 +146,7 @@ class Batch:
     updated: list[Update]
     combine: "Combine"
     owners: Owners | None = None
-    stacks: Sequence[Stack] = ()
+    stacks: list[Stack] = field(default_factory=list)
 
 
 Combine = Callable[[list[list[Tensor]], list[tuple[str, ...]]], list[list[Tensor]]]

@@ -6,10 +6,9 @@ the least for many small tensors. Complex numbers, other memory formats and 16-b
 here, and their new values are copied back.
 """
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from operator import attrgetter
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,11 +20,14 @@ from shardstep.optim.states import as_real, start_of
 from shardstep.rules.binding import compute_dtype
 from shardstep.types import Batch, Segment, Stack, Update
 
+_DENSE: Final = torch.strided
 _COMPUTED: Final = frozenset({torch.float32, torch.float64})
 _ONE: Final = torch.ones(())
 
-_layout: Final = attrgetter("layout")
 _dtype: Final = attrgetter("dtype")
+
+_Updated: TypeAlias = tuple[int, Tensor, Tensor, dict[str, Tensor]]
+"""Of one tensor: its step count with this update, the param, the gradient, and its state."""
 
 
 class Step:
@@ -45,24 +47,16 @@ class Step:
         ``signs``: what the gradients of each group are multiplied by; ``in_stacks``: whether the rule sees single
         elements.
         """
-        segments, stacks = list[Segment](), list[Stack]()
-        for index, (group, sign) in enumerate(zip(groups, signs, strict=True)):
-            params = [param for param in group["params"] if param.grad is not None]
-            if not params:
-                continue
-            grads, states = _dense_gradients(params, group, index), self._states_of(params, group)
-            counts = [state["step"] for state in states]
-            steps = [int(count.item()) + 1 for count in counts]
-            self._params += params
-            self._counts += counts
+        batch = Batch([], [], lambda sums, _: sums)
+        for index, group in enumerate(groups):
+            tensors = self._tensors(group, index)
             if in_stacks:
-                stacks.append(self._stack(index, sign, steps, params, grads, states))
+                batch.stacks += self._stacks(index, signs[index], tensors)
             else:
-                rows = zip(steps, params, grads, states, strict=True)
-                segments += [self._segment(index, sign, *row) for row in rows]
+                batch.segments += [self._segment(index, signs[index], *tensor) for tensor in tensors]
+        batch.updated = [Update(one.group, one.step, tuple(one.shape or ())) for one in batch.segments]
         if self._params:
-            updated = [Update(one.group, one.step, tuple(one.shape or ())) for one in segments]
-            yield Batch(segments, updated, lambda sums, _: sums, stacks=stacks)
+            yield batch
             self._finish()
 
     def _finish(self) -> None:
@@ -73,8 +67,22 @@ class Step:
             data.copy_(master)
         increment_version(self._params)  # autograd cannot see what a kernel writes
 
-    def _states_of(self, params: Sequence[Tensor], group: Mapping[str, Any]) -> list[dict[str, Tensor]]:
-        return [self._states.get(param) or self._start(param, group) for param in params]
+    def _tensors(self, group: Mapping[str, Any], index: int) -> Iterator[_Updated]:
+        """Those with a gradient. Raises UnsupportedError for a sparse one."""
+        for position, param in enumerate(group["params"]):
+            grad = param.grad
+            if grad is None:
+                continue
+            if grad.layout is not _DENSE:
+                raise UnsupportedError(
+                    f"expected a dense gradient at parameter group {index}, position {position}, got {grad.layout}; "
+                    f"build the layer with sparse=False"
+                )
+            state = self._states.get(param) or self._start(param, group)
+            count = state["step"]
+            self._params.append(param)
+            self._counts.append(count)
+            yield int(count.item()) + 1, param, grad, state
 
     def _start(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         state = {"step": torch.zeros((), dtype=torch.float32)}
@@ -83,25 +91,30 @@ class Step:
         self._started[param] = state
         return state
 
-    def _stack(
-        self,
-        group: int,
-        sign: float,
-        steps: list[int],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[dict[str, Tensor]],
-    ) -> Stack:
-        """Whole tensors, with the states that all of them have."""
-        common = set(states[0]).intersection(*states) - {"step"}
-        own = [name for name in states[0] if name in common]
-        columns = [params, grads, *([state[name] for state in states] for name in own)]
-        arrays = [*chain.from_iterable(zip(*columns, strict=True))]
-        names, width = ("param", "grad", *own), len(columns)
-        if not _are_flat(params, grads):
+    def _stacks(self, group: int, sign: float, tensors: Iterable[_Updated]) -> Iterator[Stack]:
+        """Whole tensors, those together that have the same states."""
+        found: dict[tuple[str, ...], tuple[list[int], list[Tensor]]] = {}
+        last: tuple[str, ...] = ()
+        for step, param, grad, state in tensors:
+            names = tuple(state)
+            if names != last:
+                last = names
+                steps, arrays = found.setdefault(names, ([], []))
+            steps.append(step)
+            arrays.append(param)
+            arrays.append(grad)
+            for name, values in state.items():
+                if name != "step":
+                    arrays.append(values)
+        for names, (steps, arrays) in found.items():
+            yield self._stack(group, sign, [name for name in names if name != "step"], steps, arrays)
+
+    def _stack(self, group: int, sign: float, states: list[str], steps: list[int], arrays: list[Tensor]) -> Stack:
+        names, width = ("param", "grad", *states), 2 + len(states)
+        if not _are_flat(arrays[::width], arrays[1::width]):
             rows = (dict(zip(names, arrays[at : at + width], strict=True)) for at in range(0, len(arrays), width))
             arrays = [array for row in rows for array in self._flat(row).values()]
-        state = dict(zip(own, arrays[2:width], strict=True))
+        state = dict(zip(states, arrays[2:width], strict=True))
         first = Segment(group, steps[0], arrays[0], arrays[1], state, None, sign)
         return Stack(first, names, steps, [0] * len(steps), arrays)
 
@@ -127,20 +140,6 @@ class Step:
         master = param.to(compute_dtype(param), memory_format=torch.contiguous_format, copy=True)
         self._converted.append((param, master))
         return {**arrays, "param": master, "grad": grad}
-
-
-def _dense_gradients(params: Sequence[Tensor], group: Mapping[str, Any], index: int) -> list[Tensor]:
-    """Those of parameters that have one. Raises UnsupportedError for a sparse one."""
-    grads = [grad for param in params if (grad := param.grad) is not None]
-    if {*map(_layout, grads)} == {torch.strided}:
-        return grads
-    pairs = zip(params, grads, strict=True)
-    sparse, layout = next((param, grad.layout) for param, grad in pairs if grad.layout is not torch.strided)
-    position = next(place for place, param in enumerate(group["params"]) if param is sparse)
-    raise UnsupportedError(
-        f"expected a dense gradient at parameter group {index}, position {position}, got {layout}; "
-        f"build the layer with sparse=False"
-    )
 
 
 def _are_flat(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:

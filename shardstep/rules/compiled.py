@@ -6,6 +6,7 @@ The last room that a rule flows through. It chooses the way that a rule goes, by
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 from weakref import WeakKeyDictionary
 
 import torch
@@ -56,7 +57,7 @@ class CompiledRule:
         as `Segment` says, RuleError if a per-step scalar has no value.
         """
         if self.is_plain:
-            update_elements(self._variants, [*stacks_of(batch.segments), *batch.stacks], groups)
+            update_elements(self._variants, chain(stacks_of(batch.segments), batch.stacks), groups)
             return
         if self.locality != "matrix":
             if self.locality == "factored":  # an empty tensor has no rows and columns

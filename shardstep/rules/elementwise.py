@@ -6,7 +6,6 @@ looked at in columns, by functions that run in C; one by one only where columns 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from operator import attrgetter
 from typing import Any, Final
 
@@ -34,17 +33,18 @@ class _Table:
 def update_elements(variants: Variants, stacks: Iterable[Stack], groups: Sequence[Hypers]) -> None:
     """Update all in place. Nothing is changed before the scalars of all of them are known."""
     tables: dict[Variant, _Table] = {}
-    for stack, kind in chain.from_iterable(map(_of_one_kind, stacks)):
-        segment = stack.first
-        hypers = segment_hypers(segment, groups[segment.group])
-        variant = variants.of(segment, kind, hypers)
-        compiled = variant.passes[-1]
-        table = tables.get(variant)
-        if table is None:
-            table = tables[variant] = _Table(compiled.kernel)
-        counts = [*map(Tensor.numel, stack.arrays[:: stack.width])]
-        table.rows += compiled.kernel.rows(stack, counts, compiled.scalars(hypers, {}))
-        table.numel += sum(counts)
+    for given in stacks:
+        for stack, kind in _of_one_kind(given):
+            segment = stack.first
+            hypers = segment_hypers(segment, groups[segment.group])
+            variant = variants.of(segment, kind, hypers)
+            compiled = variant.passes[-1]
+            table = tables.get(variant)
+            if table is None:
+                table = tables[variant] = _Table(compiled.kernel)
+            counts = [*map(Tensor.numel, stack.arrays[:: stack.width])]
+            table.rows += compiled.kernel.rows(stack, counts, compiled.scalars(hypers, {}))
+            table.numel += sum(counts)
     for table in tables.values():
         table.kernel.run(table.rows, table.numel)
 
@@ -76,27 +76,20 @@ def _put(segment: Segment, names: tuple[str, ...], stacks: dict[Any, Stack], key
 
 def _of_one_kind(stack: Stack) -> Iterable[tuple[Stack, Kind]]:
     """Parts of a stack with one step count and one kind. Raises ConfigError for arrays that do not fit."""
-    common = _common_kind(stack)
-    if common is not None:
-        return ((stack, common),)
+    if len(stack.steps) == 1 or _is_of_one_kind(stack):
+        return ((stack, kind_of(stack.first)),)
     parts: dict[tuple[int, Kind], Stack] = {}
     for segment in stack.segments():
         _put(segment, stack.names, parts, (segment.step, kind_of(segment)))
     return [(part, kind) for (_, kind), part in parts.items()]
 
 
-def _common_kind(stack: Stack) -> Kind | None:
-    """The kind of all segments, if they have one, and one step count, and are arrays of one length on the CPU."""
+def _is_of_one_kind(stack: Stack) -> bool:
+    """Whether all segments have one step count and are arrays of one length on the CPU, of the dtypes of the first."""
     arrays, width = stack.arrays, stack.width
-    if not all(map(_is_cpu, arrays)) or not all(map(Tensor.is_contiguous, arrays)):
-        return None
+    if not all(map(_is_cpu, arrays)) or not all(map(Tensor.is_contiguous, arrays)) or len(set(stack.steps)) > 1:
+        return False
     counts, dtypes = [*map(Tensor.numel, arrays)], [*map(_dtype, arrays)]
-    own = dtypes[:width]
-    if len(arrays) > width:
-        if dtypes != own * len(stack.steps) or len(set(stack.steps)) > 1:
-            return None
-        if any(counts[place::width] != counts[::width] for place in range(1, width)):
-            return None
-    elif counts != counts[:1] * width:
-        return None
-    return (stack.first.seed is None, stack.names, stack.first.param.device, *own)
+    if any(counts[place::width] != counts[::width] for place in range(1, width)):
+        return False
+    return dtypes == dtypes[:width] * len(stack.steps)

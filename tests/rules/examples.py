@@ -73,6 +73,16 @@ def lamb(
 
 
 @rule
+def rows_in_8_bits(
+    param, grad, exp_avg=state(dtype="dynamic8"), row=state(shape="row"), *, lr=1e-2, beta=0.9, eps=1e-8
+):
+    """Elements that share a scale are in several rows, and rows have parts of several scales."""
+    row = beta * row + (1 - beta) * row_mean(grad * grad)
+    exp_avg = beta * exp_avg + (1 - beta) * grad / (sqrt(row) + eps)
+    return param - lr * (exp_avg - 0.5 * col_mean(exp_avg)), exp_avg, row
+
+
+@rule
 def adafactor(
     param,
     grad,

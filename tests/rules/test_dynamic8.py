@@ -20,7 +20,7 @@ from shardstep.rules.lower import program_of
 from shardstep.rules.passes import compile_phases, compile_truths
 from shardstep.rules.scalars import compile_scalars
 from shardstep.types import Batch, Segment, Update
-from tests.rules.examples import lamb
+from tests.rules.examples import lamb, rows_in_8_bits
 from tests.rules.programs import same_bits
 from tests.rules.test_llvm import TARGETS, machine_runs
 
@@ -302,6 +302,35 @@ def test_sums_over_tensors_are_of_the_decoded_values(monkeypatch):
         results.append({"param": segment.param, **states})
     assert_same(*results)
     assert results[0]["param"].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+@pytest.mark.parametrize("shape", [(5,), (37, 100), (3, 700), (300, 3), (4, 5, 60), (2, 3000)], ids=str)
+def test_means_of_rows_and_columns_are_of_the_decoded_values(shape, dtype, monkeypatch):
+    """Several steps, from places where only scales begin, on both back ends and by several threads."""
+    monkeypatch.setattr(kernel, "WORTH_THREADS", 2_000)
+    results = []
+    for make, threads in ((reference, 1), (llvm, 1), (llvm, 3)):
+        monkeypatch.setattr(compiled, "back_end", lambda device, make=make: make.compile_phase)
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        made, generator, numel = (
+            compiled.CompiledRule(rows_in_8_bits),
+            torch.Generator().manual_seed(3),
+            math.prod(shape),
+        )
+        param = torch.randn(numel, generator=generator).to(F64 if dtype == F64 else F32)
+        states = dict(zip(("exp_avg", "exp_avg_scale"), encode(torch.zeros(numel), SIGNED), strict=True))
+        row = torch.zeros((*shape[:-1], 1), dtype=param.dtype)
+        low = torch.zeros(numel, dtype=BF16) if dtype == BF16 else None
+        for step in (1, 2, 3):
+            grad = torch.randn(numel, generator=generator) * torch.logspace(-6, 2, numel)
+            given = Segment(0, step, param, grad.to(dtype), states, low, 0.7, 768, shape, tensor_state={"row": row})
+            batch = Batch([given], [Update(0, step, shape)], lambda sums, _: sums)
+            made.update(batch, [rows_in_8_bits.hyperparameters])
+        results.append({"param": param, "row": row, **states} | ({} if low is None else {"low": low}))
+    assert results[0]["exp_avg"].any()
+    assert_same(results[1], results[0])
+    assert_same(results[2], results[0])
 
 
 # - what is refused

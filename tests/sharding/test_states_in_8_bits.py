@@ -8,11 +8,12 @@ from torch import nn
 
 import shardstep as ss
 from shardstep.optim import Optimizer
-from tests.rules.examples import lamb
+from tests.rules.examples import lamb, rows_in_8_bits
 from tests.sharding.models import BF16, Tied, Tokens
 
 STATES = dict(zip(lamb.states, ("dynamic8", "dynamic8_unsigned"), strict=True))
 Lamb8bit = type("Lamb8bit", (Optimizer,), {"rule": lamb.stored(**STATES)})
+Rows8bit = type("Rows8bit", (Optimizer,), {"rule": rows_in_8_bits})
 
 
 class Wide(nn.Module):
@@ -53,6 +54,7 @@ def all_trained(runs: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_every_layout_gives_the_bits_of_one_rank_and_the_bytes_of_the_formula(ranks, world_size):
     kinds = {(ss.optim.AdamW8bit, None): (0, 1, 2, 3), (ss.optim.AdamW8bit, BF16): (1, 3), (Lamb8bit, None): (0, 3)}
+    kinds |= {(Rows8bit, None): (0, 2, 3), (Rows8bit, BF16): (1,)}
     runs = [
         (kind, {"stage": stage, "precision": precision, "clip_norm": 0.5}, stage == 3)
         for (kind, precision), stages in kinds.items()

@@ -105,6 +105,7 @@ class LlvmKernel:
         self._reductions, self._lines = job.reductions, job.phase.has_lines
         names = [name for name, _ in job.binding.stored]
         self._places = [names.index(name) for name in layout.arrays]
+        self._takes_all = self._places == [*range(len(names))]
         self._layout, self._pack, self._unpack = layout, layout.format.pack, layout.format.unpack
 
     def __call__(
@@ -129,7 +130,7 @@ class LlvmKernel:
             raise self._misfit(low)
         pack, width = self._pack, stack.width
         addresses = [*map(_address, stack.arrays)]
-        if self._places == [*range(len(stack.names))]:
+        if self._takes_all:
             each = zip(*[iter(addresses)] * width, strict=True)
         else:
             places = self._places if low is None else [*self._places, width - 1]
