@@ -65,6 +65,7 @@ class Whole:
     """A tensor that is updated now, on this rank or another, by a rule with matrix products.
 
     The entries mean what those of a `Segment` of all its elements would; ``compute``: the dtype of its master.
+    ``squares``: on the rank that owns it, its states of pairs of rows and of columns.
     """
 
     group: int
@@ -73,6 +74,7 @@ class Whole:
     compute: torch.dtype
     grad_scale: float
     offset: int
+    squares: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Owners(Protocol):
