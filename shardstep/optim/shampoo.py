@@ -88,7 +88,7 @@ def shampoo(
         B ← μ B + P G Q
         Θ ← (1 − lr · weight_decay) Θ − lr · B
 
-    The paper begins with L = R = eps I, adds no more, has no decay, and in its experiments averages G.
+    The paper begins with L = R = eps I, which is the same but for large L and R; decay and this momentum it lacks.
     """
     left = left + grad @ grad.T
     right = right + grad.T @ grad
