@@ -113,7 +113,7 @@ class Shampoo(Optimizer):
 
     A root takes 36 products, 72 n³ floating-point operations (Newton's iteration: the bits do not depend on the
     machine's solver of eigenvalues); so an update of a square matrix takes 144 n³, and 8 n³ in the steps between. In
-    float32 a root is within 1e-5 of the exact one, in norm, for condition numbers up to 1e3, 1e-3 for 1e6, and 3e-3 for
+    float32 a root is within 3e-5 of the exact one, in norm, for condition numbers up to 1e4, 6e-4 for 1e6, and 3e-3 for
     any; what it makes of gradients that L is made of, within 2e-4. A side of many thousands, as of an embedding, is for
     AdamW.
 

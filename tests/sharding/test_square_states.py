@@ -12,6 +12,7 @@ import shardstep as ss
 from shardstep.config import Stage
 from shardstep.demo.gpt import GPT
 from shardstep.layout import lay_out
+from shardstep.rules.functions import identity, max_abs, norm
 from shardstep.sharding.formula import Formula, SpaceSize
 from shardstep.sharding.ownership import owners, places_by_rule
 from tests.sharding.models import BF16, Tied, Tokens
@@ -188,6 +189,43 @@ def test_parameters_that_are_trained_later_move_the_states_of_others(ranks):
             assert live == formula
             if world_size == 2:
                 assert at == [[0, 1], [1, 1, 0]] or at == [[0, 1], [1, 0, 1]] or at[0][0] != at[1][0], at
+
+
+@ss.rule
+def counting(param, grad, count=ss.state(shape="row_pair"), *, lr=0.1):
+    """Nothing goes to the middle, and nothing comes back."""
+    return param - lr * grad, count + 1
+
+
+@ss.rule
+def measured(param, grad, left=ss.state(1.0, shape="row_pair"), right=ss.state(shape="column_pair"), *, lr=0.1):
+    """Elements meet a number of the states, and a state is made of the other's."""
+    size = norm(left)
+    return param - lr / size * grad, 0.5 * left + size, right + max_abs(left) * identity(right)
+
+
+def odd_digest(rule: Any, stage: int | None) -> str:
+    model = Layers()
+    optimizer = rule.optimizer()(model.parameters())
+    if stage is not None:
+        ss.shard(model, optimizer, stage=stage)
+    for step in range(3):
+        torch.manual_seed(step)
+        model(torch.randn(4, 30)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return ss.digest(model, optimizer)
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["counting", "measured"])
+def test_states_that_products_have_no_part_in(ranks, number):
+    expected = odd_digests(number, [None])[0]
+    for world_size in (1, 2):
+        assert ranks(world_size).run(odd_digests, number, [0, 3]) == [[expected] * 2] * world_size
+
+
+def odd_digests(number: int, stages: list[int | None]) -> list[str]:
+    return [odd_digest((counting, measured)[number], stage) for stage in stages]
 
 
 def test_rows_beside_products_do_not_shard():

@@ -6,7 +6,8 @@ made of and that is made of none runs as late as its users allow, so that it nee
 made of, and what it makes, is computed on the side where fewer bytes travel.
 
 Values that are *free* belong to no part: each pass that needs one computes it again. They are the truth values and
-words, which no array can hold, and outside the middle what is made of the gradient alone, such as its scaled form.
+words, which no array can hold, and outside the middle what is made of the gradient alone, such as its scaled form (but
+not with numbers that only the middle knows).
 """
 
 from dataclasses import astuple, dataclass
@@ -87,7 +88,8 @@ class Parts:
         line = self.lines[number]
         if self.hosted[number] or self.is_whole(number) or self.is_load(number):
             return False
-        return line.type.is_single or line.type.kind != "real" or (part != MIDDLE and self._of_gradient[number])
+        of_gradient = part != MIDDLE and self._of_gradient[number] and number not in self.middle
+        return line.type.is_single or line.type.kind != "real" or of_gradient
 
     def base(self, number: int) -> tuple[int, bool]:
         """The value that transposes lead back to, and whether it is transposed."""
