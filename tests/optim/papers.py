@@ -103,12 +103,12 @@ def shampoo(
     eps=1e-4,
     update_freq=1,
 ) -> Tensor:
-    """With a ridge of at least 1e-6 of the norm, decoupled decay, and the momentum of SGD."""
+    """With a ridge of at least 1e-5 of the norm, decoupled decay, and the momentum of SGD."""
     for side, square in (("left", grad @ grad.T), ("right", grad.T @ grad)):
         total = state[side] = state.get(side, 0.0) + square
         if (t - 1) % update_freq == 0:
             values, vectors = torch.linalg.eigh(total)
-            ridge = max(eps, 1e-6 * total.norm().item())
+            ridge = max(eps, 1e-5 * total.norm().item())
             state[f"{side}_root"] = (vectors * (values.clamp(min=0) + ridge) ** -0.25) @ vectors.T
     update = state["left_root"] @ grad @ state["right_root"]
     update = state["momentum_buffer"] = momentum * state.get("momentum_buffer", 0.0) + update

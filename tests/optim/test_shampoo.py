@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import shardstep as ss
 from shardstep.errors import ConfigError
-from shardstep.optim.shampoo import SCALES, inverse_fourth_root, shampoo
+from shardstep.optim.shampoo import RIDGE, SCALES, inverse_fourth_root, shampoo
 from shardstep.rules.compiled import compile_rule
 from shardstep.rules.language import rule, state
 from shardstep.rules.passes import compile_truths, stages
@@ -44,7 +44,7 @@ def stepped(shape, options, dtype=torch.float32, steps=6):
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 5e-3), (torch.float64, 1e-6)], ids=["float32", "float64"])
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-3), (torch.float64, 1e-6)], ids=["float32", "float64"])
 def test_it_is_the_papers_within_the_roots_error(dtype, near, shape, options):
     param, optimizer = stepped(shape, options, dtype)
     start, *grads = (grad.double() for grad in gradients(shape, dtype, 6))
@@ -85,7 +85,7 @@ def root_of(half: Tensor, eps: float) -> Tensor:
 
 
 @pytest.mark.parametrize("digits", [0, 2, 4, 6, 8])
-@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 5e-3), (torch.float64, 1e-7)], ids=["float32", "float64"])
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 5e-4), (torch.float64, 1e-7)], ids=["float32", "float64"])
 def test_the_root_for_all_condition_numbers(dtype, near, digits):
     n = 48
     vectors = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
@@ -94,11 +94,11 @@ def test_the_root_for_all_condition_numbers(dtype, near, digits):
         half = (vectors * (size * values).sqrt()).to(dtype)
         total = half.double() @ half.double().T
         w, v = torch.linalg.eigh(total)
-        wanted = (v * (w.clamp(min=0) + 1e-6 * total.norm()) ** -0.25) @ v.T
+        wanted = (v * (w.clamp(min=0) + 1e-5 * total.norm()) ** -0.25) @ v.T
         found = root_of(half, 1e-30).double()
         assert torch.dist(found, wanted) <= near * wanted.norm(), size
         made, preconditioned = found @ half.double(), wanted @ half.double()
-        assert torch.dist(made, preconditioned) <= 5e-4 * preconditioned.norm(), size
+        assert torch.dist(made, preconditioned) <= 2e-4 * preconditioned.norm(), size
 
 
 @pytest.mark.parametrize(
@@ -107,12 +107,29 @@ def test_the_root_for_all_condition_numbers(dtype, near, digits):
 def test_roots_of_what_is_hardly_a_matrix(half):
     total = half.double() @ half.double().T
     w, v = torch.linalg.eigh(total)
-    ridge = max(1e-4, 1e-6 * total.norm().item())
+    ridge = max(1e-4, 1e-5 * total.norm().item())
     torch.testing.assert_close(root_of(half, 1e-4).double(), (v * (w + ridge) ** -0.25) @ v.T, rtol=1e-3, atol=1e-3)
 
 
+@rule
+def root_of_given(param, grad, root=state(shape="row_pair"), *, eps=1e-4):
+    return param - grad, inverse_fourth_root(root, eps)
+
+
+def test_what_rounding_has_made_slightly_indefinite_still_has_a_root():
+    n = 16
+    vectors = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
+    values = torch.logspace(0, -12, n, dtype=torch.float64)
+    values[-2:] = -2e-6
+    total = (vectors * values) @ vectors.T
+    arrays = {"param": torch.zeros(n, n), "grad": torch.zeros(n, n), "root": total.float()}
+    updated(root_of_given, arrays, {"eps": 1e-30})
+    wanted = (vectors * (values + RIDGE * total.norm()) ** -0.25) @ vectors.T
+    assert torch.dist(arrays["root"].double(), wanted) <= 2e-3 * wanted.norm()
+
+
 def test_the_scales_bring_every_eigenvalue_home():
-    values = np.logspace(np.log10(1e-6 / (1 + 1e-6)), 0, 100_001)
+    values = np.logspace(np.log10(RIDGE / (1 + RIDGE)), 0, 100_001)
     for scale in SCALES:
         values = scale * values * (1.25 - scale * values / 4) ** 4
         assert 0 < values.min() <= values.max() <= 1 + 1e-12
@@ -138,7 +155,7 @@ def test_between_roots_no_root_is_computed():
         hypers = {**shampoo.hyperparameters, "update_freq": 3, "step": step}
         kept = stages(program, compile_truths(program)(hypers), torch.float32)[-1][1]
         lengths.append(sum(line.operation == "matmul" for line in kept.instructions))
-    assert lengths == [4 + 2 * 36, 4, 4, 4 + 2 * 36]
+    assert lengths == [4 + 2 * 32, 4, 4, 4 + 2 * 32]
 
 
 def test_a_gradient_of_zeros_changes_nothing_but_by_decay():

@@ -139,6 +139,6 @@ def test_states_of_squares_and_identities_are_shown():
     assert "left: real rr" in show(shampoo, "check", {})
     text = show(shampoo, "passes", {"step": 1})
     assert len(re.findall(r"--- middle: b\d+ = identity\n", text)) == 2
-    assert len(re.findall(r"--- middle: b\d+ = b\d+(\.T)? @ ", text)) == 4 + 2 * 36
+    assert len(re.findall(r"--- middle: b\d+ = b\d+(\.T)? @ ", text)) == 4 + 2 * 32
     assert "store left_root" in text
     assert "store left_root" not in show(shampoo, "passes", {"step": 2, "update_freq": 2}).split("--- head")[1]
