@@ -204,7 +204,8 @@ class MatrixUpdate:
         for whole, values in zip(owned, wholes, strict=True):
             hypers = _hypers_of(whole, groups[whole.group])
             form, view = self._form(hypers, whole.compute, None), view_of(whole.shape)
-            device = next(iter((*values, *whole.squares.values()))).device
+            arrays = (*values, *whole.squares.values())
+            device = arrays[0].device if arrays else torch.device("cpu")  # without any there is nothing to do
             kernels = form.kernels.setdefault((device.type, *_dtypes(whole.squares)), {})
             job = _Job(form, kernels, hypers, view, {}, whole.squares, whole.offset, device)
             job.known |= _counted(form, view)

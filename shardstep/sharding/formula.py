@@ -63,7 +63,7 @@ class Formula:
 
     def traffic(self) -> int:
         """Bytes that one rank sends in a step to gather, exchange and publish (norms and control left out)."""
-        return self._moving()[1] + sum(
+        return sum(sent for _, sent in self._moving().values()) + sum(
             self._sent(space, 1 if begins_backward(order, len(self.units), self.prefetch) else 2)
             for order, unit in enumerate(self.units)
             for space in unit
@@ -151,24 +151,26 @@ class Formula:
         for unit in spaces:
             for leaves in unit:
                 leaves.tree.total()
-        sums = [(leaves.whole_sum(), leaves.moves) for unit in spaces for leaves in unit]
-        single, together = ([bytes_ for bytes_, moves in sums if moves == which] for which in (False, True))
+        sums = [(leaves.whole_sum(), leaves.moves_with) for unit in spaces for leaves in unit]
+        single = [bytes_ for bytes_, rule in sums if rule is None]
         pairs = [sum(single[start : start + 2]) for start in range(len(single))]
-        ledger.count("gradients", max([*pairs, sum(together) + self._moving()[0]]))
+        together = [
+            sum(bytes_ for bytes_, own in sums if own == rule) + held for rule, (held, _) in self._moving().items()
+        ]
+        ledger.count("gradients", max([*pairs, *together], default=0))
         return ledger.peak.gradients
 
-    def _moving(self) -> tuple[int, int]:
-        """The bytes that owners of whole tensors need at most, and those that this rank sends for them."""
+    def _moving(self) -> dict[int, tuple[int, int]]:
+        """For each rule with matrix products, which are updated one after the other: the bytes that owners of whole
+        tensors need at most, and those that this rank sends for them.
+        """
         moving = [(space, there) for space, there in self._places() if space.moved]
-        if self.world_size == 1:
-            return 0, 0
-        most, sent = 0, 0
-        for rule in {space.rule for space, _ in moving}:  # one after the other
+        found = {}
+        for rule in {space.rule for space, _ in moving} if self.world_size > 1 else ():
             own = [(space, there) for space, there in moving if space.rule == rule]
             moved = [bytes_ for space, _ in own for bytes_ in space.moved]
-            held, out = moving_bytes([place for _, there in own for place in there], moved, self.rank)
-            most, sent = max(most, held), sent + out
-        return most, sent
+            found[rule] = moving_bytes([place for _, there in own for place in there], moved, self.rank)
+        return found
 
     def _sent(self, space: SpaceSize, gathers: int) -> int:
         """Every run goes to every peer: one copy of a shard for each of the others.
@@ -239,9 +241,9 @@ class _Leaves:
             self._ledger.spare(sent.values)
 
     @property
-    def moves(self) -> bool:
-        """Whether its tensors are updated whole, all spaces at once."""
-        return bool(self._space.moved)
+    def moves_with(self) -> int | None:
+        """The rule whose tensors are updated whole, all spaces at once, if it has that one."""
+        return self._space.rule if self._space.moved else None
 
     def whole_sum(self) -> int:
         """Bytes of the gathered sum that stage 0 needs besides its kept leaf."""

@@ -127,14 +127,23 @@ def test_the_formula_counts_them_to_the_byte(ranks, world_size):
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_bytes_by_hand(stage):
-    """Two matrices on two ranks: the costlier one belongs to rank 0, the other one to rank 1."""
+    """Two matrices on two ranks: the costlier one belongs to rank 0, the other one to rank 1. Four: two to each."""
     shapes = [(6, 10), (30, 20)]
     layout = lay_out(torch.float32, [(str(shape), shape) for shape in shapes])
     states = [ss.optim.Shampoo.rule.declared[:4]] * 2
     precision = ss.Precision(params=torch.float32, reduce=torch.float32, master=torch.float32)
-    size = SpaceSize(layout, precision, True, Stage(*[stage > 0] * 3), states, 0, ((4, 4), (4, 4)))
-    found = [Formula([[size]], 2, 1, 1, "per leaf", rank).peak().state for rank in (0, 1)]
-    assert found == [4 * 2 * (30 * 30 + 20 * 20), 4 * 2 * (6 * 6 + 10 * 10)]
+
+    def bytes_of(rank: int, *rules: int) -> tuple[int, int]:
+        moved = ((4, 4), (4, 4))
+        sizes = [SpaceSize(layout, precision, True, Stage(*[stage > 0] * 3), states, rule, moved) for rule in rules]
+        formula = Formula([sizes], 2, 1, 1, "per leaf", rank)
+        return formula.peak().state, formula.traffic()
+
+    large, small = 4 * 2 * (30 * 30 + 20 * 20), 4 * 2 * (6 * 6 + 10 * 10)
+    assert [bytes_of(rank, 0)[0] for rank in (0, 1)] == [large, small]
+    assert [bytes_of(rank, 0, 0)[0] for rank in (0, 1)] == [large + small, large + small]
+    for rank in (0, 1):
+        assert bytes_of(rank, 0, 1) == tuple(2 * bytes_ for bytes_ in bytes_of(rank, 0)), "each rule by itself"
 
 
 def test_the_tensors_of_each_rule_have_owners_of_their_own():
@@ -226,6 +235,23 @@ def test_states_that_products_have_no_part_in(ranks, number):
 
 def odd_digests(number: int, stages: list[int | None]) -> list[str]:
     return [odd_digest((counting, measured)[number], stage) for stage in stages]
+
+
+def idle_muon(stage: int) -> str:
+    """Without a middle."""
+    model = Layers()
+    optimizer = ss.optim.Muon(model.parameters(), lr=0.1, ns_steps=0)
+    ss.shard(model, optimizer, stage=stage)
+    for step in range(2):
+        torch.manual_seed(step)
+        model(torch.randn(4, 30)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return ss.digest(model, optimizer)
+
+
+def test_a_rule_whose_products_are_left_out(ranks):
+    assert set(ranks(2).run(idle_muon, 3)) == {idle_muon(0)}
 
 
 def test_rows_beside_products_do_not_shard():

@@ -1,9 +1,8 @@
 """Which part of a program with matrix products each value belongs to: head, middle or tail (see `ir.steps`).
 
 The middle is what lies between products, and what has another extent than the elements, states of square matrices
-among it. A value that no product is
-made of and that is made of none runs as late as its users allow, so that it need not be kept. What the middle is
-made of, and what it makes, is computed on the side where fewer bytes travel.
+among it. A value that no product is made of and that is made of none runs as late as its users allow, so that it need
+not be kept. What the middle is made of, and what it makes, is computed on the side where fewer bytes travel.
 
 Values that are *free* belong to no part: each pass that needs one computes it again. They are the truth values and
 words, which no array can hold, and outside the middle what is made of the gradient alone, such as its scaled form (but
