@@ -11,14 +11,19 @@ from shardstep import optim
 from shardstep.rules import Rule
 from shardstep.rules.binding import stored_arrays
 from shardstep.rules.compiled import CompiledRule, compile_rule
-from shardstep.rules.ir import State
+from shardstep.rules.ir import SQUARE, State
+from shardstep.rules.meaning import EACH
 
 HEAD: Final = """# Optimizers
 
 Made by `shardstep rules docs` from the rules themselves. Each class has torch's name, arguments, states and numbers
-where torch has it. Bytes are of state for each parameter, in float32 and with the defaults; what an option adds is in
-brackets. Locality says how a rule may be sharded: see [rules.md](rules.md).
+where torch has it. Bytes are of state for each parameter, in float32 and with the defaults, for n × m matrices where it
+depends on that; what an option adds is in brackets. Locality says how a rule may be sharded: see [rules.md](rules.md).
 """
+
+
+_SIDES: Final = {"rr": "n/m", "cc": "m/n"}
+"""The entries of a square state, for each element of an n × m parameter."""
 
 
 def optimizer_classes() -> list[type[optim.Optimizer]]:
@@ -76,7 +81,11 @@ def _bytes(rule: Rule) -> str:
         for state in rule.declared
         if (option := _option(compiled, rule, state)) is not None and state.shape == "element"
     ]
-    return f"{sum(map(_size, used)):.3g}" + (f" ({', '.join(extra)})" if extra else "")
+    squares = [(state.shape, _size(state)) for state in rule.declared if state.shape in SQUARE]
+    sums = {shape: sum(size for own, size in squares if own == shape) for shape, _ in squares}
+    terms = [f"{sum(map(_size, used)):.3g}"] if used or not sums else []
+    terms += [f"{size:.3g} {_SIDES[shape]}" for shape, size in sums.items()]
+    return " + ".join(terms) + (f" ({', '.join(extra)})" if extra else "")
 
 
 def _size(state: State) -> float:
@@ -86,7 +95,7 @@ def _size(state: State) -> float:
 
 def _state(rule: Rule, state: State) -> str:
     start = "a copy of the parameter" if state.start == "param" else f"{state.start:g}"
-    shape = "" if state.shape == "element" else f", one for each {state.shape}"
+    shape = "" if state.shape == "element" else f", one {EACH[state.shape]}"
     stored = f", in {state.dtype}" if state.dtype else ""
     option = _option(compile_rule(rule), rule, state)
     return f"`{state.name}` (from {start}{shape}{stored}{f', with {option}' if option else ''})"

@@ -27,7 +27,8 @@ class Segment:
     is multiplied by ``grad_scale`` on the way in; ``low``, if any, receives the new parameters rounded to its dtype.
     ``offset`` is the place of element 0 in its flat space, which does not depend on who owns what. ``shape`` is the
     whole tensor's where the segment is a part of one tensor, and None where it may run over several; ``start`` is then
-    the place of element 0 in that tensor, and ``tensor_state`` holds its states that are not of elements, whole.
+    the place of element 0 in that tensor, and ``tensor_state`` holds its states that are not of elements, whole (those
+    of square matrices are with the `Whole`, if there is one).
 
     A state in 8 bits is int8 or uint8 codes, and float32 scales under its name with ``_scale`` behind it: one for each
     256 elements, the last ones rounded up. Such a segment is part of one tensor and begins at a multiple of 256 of it
@@ -94,6 +95,7 @@ class Whole:
     """A tensor that is updated now, on this rank or another, by a rule with matrix products.
 
     The entries mean what those of a `Segment` of all its elements would; ``compute``: the dtype of its master.
+    ``squares``: on the rank that owns it, its states of pairs of rows and of columns.
     """
 
     group: int
@@ -102,6 +104,7 @@ class Whole:
     compute: torch.dtype
     grad_scale: float
     offset: int
+    squares: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Owners(Protocol):

@@ -32,6 +32,7 @@ from shardstep.optim.rmsprop import RMSprop
 from shardstep.optim.rprop import Rprop
 from shardstep.optim.schedule_free import AdamWScheduleFree
 from shardstep.optim.sgd import SGD
+from shardstep.optim.shampoo import Shampoo
 
 __all__ = [
     "ASGD",
@@ -57,6 +58,7 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "Rprop",
+    "Shampoo",
     "SparseAdam",
     "keras",
     "lr_scheduler",

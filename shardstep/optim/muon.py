@@ -8,6 +8,7 @@ from torch.optim.optimizer import ParamsT
 from shardstep.errors import ConfigError
 from shardstep.optim.groups import number
 from shardstep.optim.optimizer import Optimizer
+from shardstep.optim.ranges import check_matrix
 from shardstep.rules.functions import bfloat16, lerp, maximum, norm, sqrt
 from shardstep.rules.language import Elements, inline, rule, zeros
 
@@ -113,17 +114,8 @@ class Muon(Optimizer):
     def hypers_of(self, group: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**group, "adjust_lr_fn": group["adjust_lr_fn"] == "match_rms_adamw"}
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; also refuses parameters that are no matrices."""
-        super().add_param_group(param_group)
-        for position, param in enumerate(self.param_groups[-1]["params"]):
-            if param.ndim != 2:
-                del self.param_groups[-1]
-                raise ConfigError(
-                    f"expected parameters of two dimensions for Muon, got one of shape {tuple(param.shape)} at "
-                    f"position {position} of parameter group {len(self.param_groups)}; give it to AdamW, and both to "
-                    f"Combined(Muon(...), AdamW(...))"
-                )
+    def check_shape(self, shape: tuple[int, ...], where: str) -> None:
+        check_matrix(shape, where, "Muon")
 
     def check_group(self, group: Mapping[str, Any], where: str) -> None:
         for name in ("lr", "weight_decay", "momentum", "eps"):

@@ -81,8 +81,9 @@ class Optimizer(torch.optim.Optimizer):
         compiled = compile_rule(self.rule)
         if not compiled.is_shardable:
             raise ConfigError(
-                f"expected a rule with matrix products to have values and states of elements and no others to shard, "
-                f"got {self.rule.name!r}, which is {compiled.locality} ({compiled.reason}); it runs unsharded"
+                f"expected a rule with matrix products to have values and states of elements and of square matrices, "
+                f"and no others, to shard, got {self.rule.name!r}, which is {compiled.locality} ({compiled.reason}); "
+                f"it runs unsharded"
             )
 
     def rule_of(self, param: Tensor) -> int:
@@ -111,6 +112,9 @@ class Optimizer(torch.optim.Optimizer):
     def check_group(self, group: Mapping[str, Any], where: str) -> None:
         """Raise ConfigError if a hyper-parameter of ``group`` is out of range; ``where`` names the group."""
 
+    def check_shape(self, shape: tuple[int, ...], where: str) -> None:
+        """Raise ConfigError if there is no rule for parameters of this shape; ``where`` names the parameter."""
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; also checks ranges, dtypes, and that no parameter is given twice.
 
@@ -120,7 +124,7 @@ class Optimizer(torch.optim.Optimizer):
         param_group["params"] = given = parameters_of(param_group, where)
         check_parameters(given, self.param_groups, where)
         self._check_hyperparameters({**self.defaults, **param_group}, where)
-        self._check_complex(given, where)
+        self._check_params(given, where)
         super().add_param_group(param_group)
         if self._source is not None:
             try:
@@ -133,8 +137,10 @@ class Optimizer(torch.optim.Optimizer):
         check_options(group, where)
         self.check_group(group, where)
 
-    def _check_complex(self, given: list[Any], where: str) -> None:
+    def _check_params(self, given: list[Any], where: str) -> None:
         params = [entry[1] if isinstance(entry, tuple) else entry for entry in given]
+        for position, param in enumerate(params):
+            self.check_shape(tuple(param.shape), f"position {position} of {where}")
         if any(param.is_complex() for param in params) and compile_rule(self.rule).locality in ("factored", "matrix"):
             raise UnsupportedError(
                 f"expected real parameters for {self.rule.name!r}, whose rule looks at rows or whole matrices, got "

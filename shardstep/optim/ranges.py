@@ -1,4 +1,4 @@
-"""Which values hyper-parameters may have: the checks that optimizers share. NaN passes none of them."""
+"""Which hyper-parameters and parameters there may be: the checks that optimizers share. NaN passes none of them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,6 +29,15 @@ def check_tuple(group: Mapping[str, Any], where: str, name: str, count: int = 2)
         places = ", ".join(f"{name.removesuffix('s')}{place}" for place in range(1, count + 1))
         raise ConfigError(f"expected {name} to be {words} numbers in {where}, got {given!r}; give ({places})")
     return tuple(number(value, f"{name}[{index}]", where) for index, value in enumerate(given))
+
+
+def check_matrix(shape: tuple[int, ...], where: str, kind: str) -> None:
+    """Raise ConfigError unless it is the shape of a matrix; ``kind``: the optimizer that asks."""
+    if len(shape) != 2:
+        raise ConfigError(
+            f"expected parameters of two dimensions for {kind}, got one of shape {shape} at {where}; give it to AdamW, "
+            f"and both to Combined({kind}(...), AdamW(...))"
+        )
 
 
 def refusal(expected: str, where: str, got: object) -> ConfigError:

@@ -52,6 +52,7 @@ _FOLDED: Final[dict[str, Callable[[float, float], float]]] = {
     "sub": operator.sub,
     "mul": operator.mul,
     "div": operator.truediv,
+    "mod": operator.mod,
 }
 _LARGEST, _SMALLEST = 3.4028234663852886e38, 2.0**-149
 
@@ -147,7 +148,7 @@ class Arithmetic(ABC, Generic[V]):
         return self.apply("neg", [item], span)
 
     def binary(self, operation: str, left: Item, right: Item, span: Span) -> Item:
-        """``+ - * / @``: numbers alone are computed at once."""
+        """``+ - * / % @``: numbers alone are computed at once."""
         numbers = [item.value for item in (left, right) if isinstance(item, Known) and item.is_number]
         if len(numbers) < 2 or operation not in _FOLDED:
             return self.apply(operation, [left, right], span)

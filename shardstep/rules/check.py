@@ -18,8 +18,8 @@ from shardstep.rules.parse import read, too_deep
 from shardstep.rules.syntax import Function, Group, Return, Span, children
 
 _SYMBOLS = {
-    "add": "+", "sub": "-", "mul": "*", "div": "/", "pow": "**", "matmul": "@", "transpose": ".T", "neg": "-",
-    "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=", "row_sum": "row_mean",
+    "add": "+", "sub": "-", "mul": "*", "div": "/", "mod": "%", "pow": "**", "matmul": "@", "transpose": ".T",
+    "neg": "-", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!=", "row_sum": "row_mean",
     "column_sum": "col_mean", "max": "max_abs", "choose": "if",
 }  # fmt: skip
 
@@ -180,6 +180,10 @@ def _explained(code: str, operation: str, types: Sequence[Type]) -> tuple[str, s
     got = " and ".join(f"one number {EACH[type_.shape]}" for type_ in types if type_.kind == "real")
     if code == "E21":
         return f"expected values to reduce in {name!r}, got {got}", "use the number as it is"
+    if operation == "mod":
+        return f"expected numbers that are the same for all elements around '%', got {got}", "use where and comparisons"
+    if operation == "identity":
+        return f"expected a square matrix in {name!r}, got {got}", "give it what is like x @ x.T or x.T @ x"
     if operation in ("matmul", "transpose", "row_sum", "column_sum"):
         return f"expected matrices that fit in {name!r}, got {got}", "write it for param, grad or what has their shape"
     return f"expected values that fit together in {name!r}, got {got}", "reduce one of them, or transpose it"

@@ -16,7 +16,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Final, NoReturn, Self, TypeAlias, get_args
+from typing import Any, Final, NoReturn, Self, TypeAlias
 
 from shardstep.errors import RuleError
 from shardstep.rules.diagnostics import RuleErrors, diagnose
@@ -53,7 +53,19 @@ _SMALLEST: Final = {
     **dict.fromkeys(("float32", "dynamic8", "dynamic8_unsigned"), 2.0**-149),
 }
 _CODED: Final = frozenset({"dynamic8", "dynamic8_unsigned"})
-_SHAPES: Final = ("element", "row", "column", "tensor")
+_SHAPES: Final[Mapping[str, Shape]] = types.MappingProxyType(
+    {
+        "element": "element",
+        "row": "row",
+        "column": "column",
+        "row_pair": "rr",
+        "column_pair": "cc",
+        "tensor": "tensor",
+    }
+)
+"""What a state may have one value for each of, and what programs call it."""
+
+_SHAPE_WORDS: Final = {shape: word for word, shape in _SHAPES.items()}
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,8 @@ class _Start:
 def state(start: float | str = 0.0, *, dtype: str | None = None, shape: str = "element") -> Any:
     """The default of a state: what it starts from (a number, or "param": a copy of the parameter), the dtype it is
     stored in ("bfloat16", "float16", "float32"; by default what the rule computes in), and what it has one value for
-    each of ("element", "row", "column", "tensor").
+    each of ("element", "row", "column", "tensor", and in rules with matrix products "row_pair" and "column_pair":
+    square matrices like x @ x.T and x.T @ x).
 
     "dynamic8" and, for what is never negative, "dynamic8_unsigned" store an element in 8 bits, with a float32 scale for
     each 256 elements of a tensor (Dettmers et al. 2022).
@@ -123,7 +136,8 @@ class Rule:
                 f"{', '.join(sorted(unknown))}; correct the name"
             )
         starts = {
-            state.name: _Start(state.start, dtypes.get(state.name, state.dtype), state.shape) for state in self.declared
+            state.name: _Start(state.start, dtypes.get(state.name, state.dtype), _SHAPE_WORDS[state.shape])
+            for state in self.declared
         }
         return replace(self, declared=_declared_all(self.function, starts))
 
@@ -228,7 +242,7 @@ def _declared_all(function: types.FunctionType, starts: Mapping[str, _Start]) ->
 
 def _declared(function: types.FunctionType, name: str, given: _Start) -> State:
     if not _is_one_of(_SHAPES, given.shape):
-        text = f"expected the state {name!r} to be one of {_SHAPES}, got shape={given.shape!r}"
+        text = f"expected the state {name!r} to be one of {tuple(_SHAPES)}, got shape={given.shape!r}"
         _refuse(function, name, "E20", text, "say what it has one value for each of")
     if given.dtype is not None and not _is_one_of(_LARGEST, given.dtype):
         text = f"expected the state {name!r} stored as one of {tuple(_LARGEST)}, got dtype={given.dtype!r}"
@@ -237,8 +251,8 @@ def _declared(function: types.FunctionType, name: str, given: _Start) -> State:
         text = f"expected the state {name!r}, stored in 8 bits, to have a value for each element, got {given.shape!r}"
         _refuse(function, name, "E20", text, "store it in another dtype: it is small")
     _check_start(function, name, given)
-    shape: Shape = next(shape for shape in get_args(Shape) if shape == given.shape)
-    return State(name, shape, given.start if isinstance(given.start, str) else float(given.start), given.dtype)
+    start = given.start if isinstance(given.start, str) else float(given.start)
+    return State(name, _SHAPES[given.shape], start, given.dtype)
 
 
 def _check_start(function: types.FunctionType, name: str, given: _Start) -> None:
@@ -314,7 +328,7 @@ WORDS: Final[Mapping[str, tuple[str, ...]]] = types.MappingProxyType(
         "lerp": ("start", "end", "weight"),
         "fma": ("x", "y", "z"),
         "where": ("condition", "x", "y"),
-        **dict.fromkeys("sum mean norm max_abs row_mean col_mean".split(), ("x",)),
+        **dict.fromkeys("sum mean norm max_abs row_mean col_mean identity".split(), ("x",)),
     }
 )
 """The functions that a rule knows without importing them, and their arguments. They win over all other names, but for
@@ -323,4 +337,5 @@ states: the ``sum`` of Adagrad is a state, and in a call still the function.
 ``rsqrt(x)`` is 1 / sqrt(x); ``clip`` is minimum(maximum(x, low), high); ``lerp`` is fma(weight, end - start, start);
 ``fma`` is x · y + z rounded once; ``where`` chooses for each element. ``sum mean norm max_abs`` give one number for
 each tensor (norm: the root of the sum of squares), ``row_mean`` one for each row, ``col_mean`` one for each column.
+``identity(x)`` is the identity matrix of the size of the square matrix x.
 """

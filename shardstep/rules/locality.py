@@ -2,7 +2,7 @@
 
 from typing import Final, Literal, TypeAlias
 
-from shardstep.rules.ir import Instruction, Program
+from shardstep.rules.ir import SQUARE, Instruction, Program
 
 Locality: TypeAlias = Literal["elementwise", "reduced", "factored", "matrix"]
 
@@ -29,6 +29,9 @@ def locality(program: Program) -> tuple[Locality, str]:
         if _ORDER.index(demanded) > _ORDER.index(found):
             where = f" in line {line.place.line}" if line.place else ""
             found, reason = demanded, f"{_named(line)}{where} {_NEEDS[demanded]}"
+    squares = [name for name, _ in program.stores if program.shapes[name] in SQUARE]
+    if squares and found != "matrix":
+        return "matrix", f"store {squares[0]} {_NEEDS['matrix']}"
     return found, reason
 
 
@@ -39,10 +42,12 @@ def is_by_tensor(program: Program) -> bool:
 
 
 def runs_in_steps(program: Program) -> bool:
-    """Whether it has matrix products and is cut into steps: it has no row and column values and no such states."""
+    """Whether it has matrix products and is cut into steps: it has no row and column values, and no states of them or
+    of tensors.
+    """
     made = {line.type.shape for line in _needed(program)}
-    only_elements = set(program.shapes.values()) == {"element"}
-    return locality(program)[0] == "matrix" and only_elements and not made & {"row", "column"}
+    of_matrices = set(program.shapes.values()) <= {"element", *SQUARE}
+    return locality(program)[0] == "matrix" and of_matrices and not made & {"row", "column"}
 
 
 def _needed(program: Program) -> list[Instruction]:
@@ -55,7 +60,7 @@ def _needed(program: Program) -> list[Instruction]:
 
 def _demanded(program: Program, line: Instruction) -> Locality:
     match line.operation:
-        case "matmul" | "transpose":
+        case "matmul" | "transpose" | "identity":
             return "matrix"
         case "hyper" if line.attributes[0] in ("rows", "columns"):
             return "matrix"
@@ -63,6 +68,8 @@ def _demanded(program: Program, line: Instruction) -> Locality:
             return "factored"
         case "sum" | "max":
             return "reduced"
+        case "load" if line.type.shape in SQUARE:
+            return "matrix"
         case "load" if line.type.shape in ("row", "column"):
             return "factored"
     return "elementwise"

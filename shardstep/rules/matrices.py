@@ -17,7 +17,7 @@ from shardstep.rules import noise
 from shardstep.rules.backends import blocks
 from shardstep.rules.binding import Binding, PhaseKernel, check_dtypes, checked, compute_dtype
 from shardstep.rules.hypers import Hypers, hypers_of
-from shardstep.rules.ir import Buffer, Product, Program, Shape, Step, Steps, Sweep
+from shardstep.rules.ir import Buffer, Product, Program, Step, Steps, Sweep, Turn
 from shardstep.rules.passes import cut_steps
 from shardstep.rules.scalars import Scalars, compile_scalars
 from shardstep.rules.variants import BackEnd
@@ -58,10 +58,8 @@ class _Form:
 
     def extent(self, buffer: int, view: View) -> tuple[int, ...]:
         """Of a whole buffer: that of one matrix, or of a batch of them."""
-        batch, rows, columns = view
-        extents: dict[Shape, tuple[int, int]] = {"rr": (rows, rows), "cc": (columns, columns), "cr": (columns, rows)}
-        matrix = extents.get(self.steps.buffers[buffer].extent, (rows, columns))
-        return matrix if batch == 1 else (batch, *matrix)
+        batch, *matrix = view.extent(self.steps.buffers[buffer].extent)
+        return tuple(matrix) if batch == 1 else (batch, *matrix)
 
     def rounds(self, places: range) -> list[range]:
         """``places`` cut after each sweep that makes sums."""
@@ -124,20 +122,23 @@ class _Desk:
         for place in places:
             step = form.all[place]
             if not isinstance(step, Sweep):
-                turned = (step.left_turned, step.right_turned) if isinstance(step, Product) else (True,)
-                slots = zip(step.buffers, (*turned, False, False), strict=False)
+                slots = zip(step.buffers, step.turned, strict=True)
                 self.products[place] = tuple(both[plan.of[buffer]][flag] for buffer, flag in slots)
 
 
 @dataclass(slots=True)
 class _Job:
-    """A tensor, or what this rank has of it, on its way through the steps. ``desk``: where it is whole."""
+    """A tensor, or what this rank has of it, on its way through the steps. ``desk``: where it is whole.
+
+    ``arrays``: param, grad and states of elements; ``squares``: states of square matrices, where the middle runs.
+    """
 
     form: _Form
     kernels: _Kernels
     hypers: Hypers
     view: View
     arrays: Mapping[str, Tensor]
+    squares: Mapping[str, Tensor]
     offset: int
     device: torch.device
     low: Tensor | None = None
@@ -203,8 +204,10 @@ class MatrixUpdate:
         for whole, values in zip(owned, wholes, strict=True):
             hypers = _hypers_of(whole, groups[whole.group])
             form, view = self._form(hypers, whole.compute, None), view_of(whole.shape)
-            kernels = form.kernels.setdefault((values[0].device.type,), {})
-            job = _Job(form, kernels, hypers, view, {}, whole.offset, values[0].device)
+            arrays = (*values, *whole.squares.values())
+            device = arrays[0].device if arrays else torch.device("cpu")  # without any there is nothing to do
+            kernels = form.kernels.setdefault((device.type, *_dtypes(whole.squares)), {})
+            job = _Job(form, kernels, hypers, view, {}, whole.squares, whole.offset, device)
             job.known |= _counted(form, view)
             job.buffers |= zip(form.steps.inward, values, strict=True)
             jobs.append(job)
@@ -240,9 +243,9 @@ class MatrixUpdate:
             hypers = {**hypers, noise.KEY: noise.key_of(segment, segment.seed)}
         form = self._form(hypers, compute, noise.rounded_dtype(segment))
         low = None if segment.low is None else segment.low.dtype
-        key = (segment.param.device.type, low, *((name, array.dtype) for name, array in arrays.items()))
+        key = (segment.param.device.type, low, *_dtypes(arrays), *_dtypes(segment.tensor_state))
         kernels, view = form.kernels.setdefault(key, {}), view_of(shape)
-        job = _Job(form, kernels, hypers, view, arrays, segment.offset, segment.param.device)
+        job = _Job(form, kernels, hypers, view, arrays, segment.tensor_state, segment.offset, segment.param.device)
         job.low = segment.low
         job.known |= _counted(form, view)
         return job
@@ -250,7 +253,7 @@ class MatrixUpdate:
     def _kernel(self, job: _Job, place: int, sweep: Sweep) -> PhaseKernel:
         """Compiled when it is first needed."""
         if place not in job.kernels:
-            stored = [(name, array.dtype) for name, array in job.arrays.items()]
+            stored = [*_dtypes(job.arrays), *_dtypes(job.squares)]
             stored += [(job.form.steps.buffers[n].name, job.form.dtype(n)) for n in sweep.buffers]
             low = None if job.low is None or not _stores_param(sweep) else job.low.dtype
             binding = Binding(job.form.compute, tuple(stored), low)
@@ -269,16 +272,23 @@ class MatrixUpdate:
             elif isinstance(step, Product):
                 assert job.desk is not None
                 _multiply(job.desk.products[place], step, job.form.scalars[place](job.hypers, job.known))
-            else:
+            elif isinstance(step, Turn):
                 assert job.desk is not None
                 source, result = job.desk.products[place]
                 result.copy_(source)
+            else:
+                assert job.desk is not None
+                (result,) = job.desk.products[place]
+                result.zero_().diagonal(dim1=-2, dim2=-1).fill_(1.0)
         return sums
 
     def _sweep(self, job: _Job, place: int, step: Sweep) -> list[Tensor]:
         """Buffers of a part of a tensor begin here, and go when nobody reads them any more."""
         form, buffers = job.form, job.buffers if job.desk is None else job.desk.buffers
-        arrays = dict(job.arrays) if step.extent == "element" else {}  # kernels count elements by any of them
+        arrays = dict(job.arrays)
+        if step.extent != "element":  # kernels count elements by any of them
+            shapes = form.steps.program.shapes
+            arrays = {name: values.view(-1) for name, values in job.squares.items() if shapes[name] == step.extent}
         for buffer in step.buffers:
             if buffer not in buffers:
                 param = job.arrays["param"]
@@ -292,6 +302,10 @@ class MatrixUpdate:
             if form.last[buffer] == place:
                 del buffers[buffer]
         return list(sums)
+
+
+def _dtypes(arrays: Mapping[str, Tensor]) -> list[tuple[str, torch.dtype]]:
+    return [(name, array.dtype) for name, array in arrays.items()]
 
 
 def _scalars_of(step: Step) -> Sequence[int]:

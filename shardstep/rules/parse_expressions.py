@@ -15,7 +15,9 @@ from shardstep.rules.language import WORDS
 from shardstep.rules.source import Source
 from shardstep.rules.syntax import Expression, Name, Wrong
 
-_BINARY: Final = {"Add": "add", "Sub": "sub", "Mult": "mul", "Div": "div", "Pow": "pow", "MatMult": "matmul"}
+_BINARY: Final = {
+    "Add": "add", "Sub": "sub", "Mult": "mul", "Div": "div", "Mod": "mod", "Pow": "pow", "MatMult": "matmul",
+}  # fmt: skip
 _COMPARE: Final = {"Lt": "lt", "LtE": "le", "Gt": "gt", "GtE": "ge", "Eq": "eq", "NotEq": "ne"}
 _EXPRESSIONS: Final = "rules have arithmetic, comparisons, and / or / not, a if c else b, calls and entries of tuples"
 
@@ -90,7 +92,7 @@ class ExpressionParser:
         name = type(operator).__name__
         if name in _BINARY:
             return syntax.Binary(self.source.span(node), _BINARY[name], left, right)
-        if name in ("FloorDiv", "Mod"):
+        if name == "FloorDiv":
             return self.refuse("E10", node, "expected real arithmetic, got integer division", "write x / y")
         return self.refuse("E10", node, "expected real arithmetic, got a bit operation", "write and, or")
 

@@ -15,7 +15,7 @@ from shardstep.rules.backends import llvm, triton
 from shardstep.rules.binding import Binding, stored_arrays
 from shardstep.rules.check import check
 from shardstep.rules.check import to_text as types_to_text
-from shardstep.rules.ir import Product, Program, Steps, Sweep, Turn, to_text
+from shardstep.rules.ir import Product, Program, Steps, Sweep, Turn, Unit, to_text
 from shardstep.rules.language import GIVEN, Rule
 from shardstep.rules.locality import locality, runs_in_steps
 from shardstep.rules.lower import lower, program_of
@@ -133,10 +133,12 @@ def _steps(steps: Steps) -> str:
     return "\n".join(told)
 
 
-def _whole(steps: Steps, step: Product | Turn) -> str:
+def _whole(steps: Steps, step: Product | Turn | Unit) -> str:
     def name(buffer: int, turned: bool = False) -> str:
         return steps.buffers[buffer].name + (".T" if turned else "")
 
+    if isinstance(step, Unit):
+        return f"{name(step.result)} = identity"
     if isinstance(step, Turn):
         return f"{name(step.result)} = {name(step.source, True)}"
 

@@ -56,7 +56,7 @@ class Negate(Expression):
 
 @dataclass(frozen=True)
 class Binary(Expression):
-    """``operator``: add, sub, mul, div, pow or matmul."""
+    """``operator``: add, sub, mul, div, mod, pow or matmul."""
 
     operator: str
     left: Expression

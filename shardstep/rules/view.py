@@ -7,7 +7,7 @@ matrices, and so are columns. Plain arithmetic on shapes; nothing here sees a nu
 from math import prod
 from typing import NamedTuple
 
-from shardstep.rules.ir import Shape
+from shardstep.rules.ir import SQUARE, Shape
 
 
 class View(NamedTuple):
@@ -22,9 +22,16 @@ class View(NamedTuple):
         return self.batch * self.rows * self.columns
 
     def extent(self, shape: Shape) -> tuple[int, ...]:
-        """Of an array with one value for each element, row or column, so that numpy joins them; () for the others."""
+        """Of an array of values of a shape, so that numpy joins them; () for what is one number."""
         batch, rows, columns = self
-        extents = {"element": (batch, rows, columns), "row": (batch, rows, 1), "column": (batch, 1, columns)}
+        extents: dict[Shape, tuple[int, int, int]] = {
+            "element": (batch, rows, columns),
+            "row": (batch, rows, 1),
+            "column": (batch, 1, columns),
+            "rr": (batch, rows, rows),
+            "cc": (batch, columns, columns),
+            "cr": (batch, columns, rows),
+        }
         return extents.get(shape, ())
 
     def lines(self, shape: Shape) -> int:
@@ -51,7 +58,11 @@ def view_of(shape: tuple[int, ...]) -> View:
 
 
 def state_shape(shape: Shape, param: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a state that has one value for each element, row or column of a param, or for all of it."""
+    """The shape of a state that has one value for each element, row, column, pair of rows or pair of columns of a
+    param, or for all of it. Squares are matrices even where the param is not.
+    """
+    if shape in SQUARE:
+        return (*param[:-2], *view_of(param).extent(shape)[1:])
     if shape == "row":
         return (*param[:-1], 1) if param else ()
     if shape == "column":

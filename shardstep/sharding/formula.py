@@ -18,15 +18,15 @@ from shardstep.layout import Layout
 from shardstep.rules.binding import stored_arrays
 from shardstep.sharding.hooks import begins_backward
 from shardstep.sharding.memory import Bytes, Ledger
-from shardstep.sharding.ownership import moving_bytes, places
+from shardstep.sharding.ownership import Place, moving_bytes, places_by_rule
 from shardstep.sharding.reduce import Home, Partial, Tree
 from shardstep.sharding.tensor_states import States, dtype_of, in_all, in_some, kept_numel
 
 
 @dataclass(frozen=True)
 class SpaceSize:
-    """What the formula needs to know of a space. ``moved``: for a rule with matrix products, the bytes of an element of
-    each tensor that go to its owner and that come back.
+    """What the formula needs to know of a space. ``rule``: the number of its rule; ``moved``: for one with matrix
+    products, the bytes of an element of each tensor that go to its owner and that come back.
     """
 
     layout: Layout
@@ -34,6 +34,7 @@ class SpaceSize:
     trained: bool
     stage: Stage
     states: States
+    rule: int = 0
     moved: tuple[tuple[int, int], ...] = ()
 
 
@@ -62,7 +63,7 @@ class Formula:
 
     def traffic(self) -> int:
         """Bytes that one rank sends in a step to gather, exchange and publish (norms and control left out)."""
-        return self._moving()[1] + sum(
+        return sum(sent for _, sent in self._moving().values()) + sum(
             self._sent(space, 1 if begins_backward(order, len(self.units), self.prefetch) else 2)
             for order, unit in enumerate(self.units)
             for space in unit
@@ -101,18 +102,25 @@ class Formula:
 
     def _state(self) -> int:
         """The rule's states, the averages and, for low-precision parameters, the master."""
-        return sum(self._state_bytes(space) for space in self._trained())
+        return sum(self._state_bytes(space, there) for space, there in self._places())
 
-    def _state_bytes(self, space: SpaceSize) -> int:
+    def _places(self) -> list[tuple[SpaceSize, list[Place]]]:
+        """Where the tensors of each trained space would be put together."""
+        trained = self._trained()
+        described = [(space.rule, space.layout, space.stage) for space in trained]
+        return list(zip(trained, places_by_rule(described, self.world_size), strict=True))
+
+    def _state_bytes(self, space: SpaceSize, there: list[Place]) -> int:
         master, owned = space.precision.master, self._owned(space)
         kept = owned * master.itemsize * (self.averages + (master != space.precision.params))
         arrays = [(declared, array) for declared in in_all(space.states) for array in stored_arrays(declared)]
         kept += sum(owned // a.per * (a.dtype or dtype_of(declared, master)).itemsize for declared, a in arrays)
         first = self.rank * owned if space.stage.shard_state else 0
         by_tensor = sum(
-            kept_numel(declared, slot, slice(first, first + owned)) * dtype_of(declared, master).itemsize
+            kept_numel(declared, slot, slice(first, first + owned), place.owner == self.rank)
+            * dtype_of(declared, master).itemsize
             for declared in in_some(space.states)
-            for slot, states in zip(space.layout.slots, space.states, strict=True)
+            for slot, states, place in zip(space.layout.slots, space.states, there, strict=True)
             if declared in states
         )
         return kept + by_tensor
@@ -143,20 +151,26 @@ class Formula:
         for unit in spaces:
             for leaves in unit:
                 leaves.tree.total()
-        sums = [(leaves.whole_sum(), leaves.moves) for unit in spaces for leaves in unit]
-        single, together = ([bytes_ for bytes_, moves in sums if moves == which] for which in (False, True))
+        sums = [(leaves.whole_sum(), leaves.moves_with) for unit in spaces for leaves in unit]
+        single = [bytes_ for bytes_, rule in sums if rule is None]
         pairs = [sum(single[start : start + 2]) for start in range(len(single))]
-        ledger.count("gradients", max([*pairs, sum(together) + self._moving()[0]]))
+        together = [
+            sum(bytes_ for bytes_, own in sums if own == rule) + held for rule, (held, _) in self._moving().items()
+        ]
+        ledger.count("gradients", max([*pairs, *together], default=0))
         return ledger.peak.gradients
 
-    def _moving(self) -> tuple[int, int]:
-        """The bytes that owners of whole tensors need at most, and those that this rank sends for them."""
-        trained = [space for space in self._trained() if space.moved]
-        if self.world_size == 1 or not trained:
-            return 0, 0
-        at = places([(space.layout, space.stage) for space in trained], self.world_size)
-        moved = [bytes_ for space in trained for bytes_ in space.moved]
-        return moving_bytes([place for own in at for place in own], moved, self.rank)
+    def _moving(self) -> dict[int, tuple[int, int]]:
+        """For each rule with matrix products, which are updated one after the other: the bytes that owners of whole
+        tensors need at most, and those that this rank sends for them.
+        """
+        moving = [(space, there) for space, there in self._places() if space.moved]
+        found = {}
+        for rule in {space.rule for space, _ in moving} if self.world_size > 1 else ():
+            own = [(space, there) for space, there in moving if space.rule == rule]
+            moved = [bytes_ for space, _ in own for bytes_ in space.moved]
+            found[rule] = moving_bytes([place for _, there in own for place in there], moved, self.rank)
+        return found
 
     def _sent(self, space: SpaceSize, gathers: int) -> int:
         """Every run goes to every peer: one copy of a shard for each of the others.
@@ -227,9 +241,9 @@ class _Leaves:
             self._ledger.spare(sent.values)
 
     @property
-    def moves(self) -> bool:
-        """Whether its tensors are updated whole, all spaces at once."""
-        return bool(self._space.moved)
+    def moves_with(self) -> int | None:
+        """The rule whose tensors are updated whole, all spaces at once, if it has that one."""
+        return self._space.rule if self._space.moved else None
 
     def whole_sum(self) -> int:
         """Bytes of the gathered sum that stage 0 needs besides its kept leaf."""

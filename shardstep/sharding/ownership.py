@@ -4,7 +4,8 @@ Where parameters, gradients and state lie never changes. Each tensor has one own
 costliest first, each to the rank with the least so far, over all units, so that no rank waits long for the others. In a
 step every rank sends its pieces of the values that products are made of to the owners, in one message to each, and
 gets its pieces of what comes of them in the same way. Where every rank has all of a tensor (stage 0) nothing needs to
-go in: the owner computes for all and sends the result to all, since products cost far more than the bytes.
+go in: the owner computes for all and sends the result to all, since products cost far more than the bytes. States of
+square matrices are at the owner only.
 Nothing here knows what the values mean.
 """
 
@@ -55,6 +56,18 @@ def places(spaces: Sequence[tuple[Layout, Stage]], world_size: int) -> list[list
         [_place(layout, stage, i, next(owner), world_size) for i in range(len(layout.slots))]
         for layout, stage in spaces
     ]
+
+
+def places_by_rule(spaces: Sequence[tuple[int, Layout, Stage]], world_size: int) -> list[list[Place]]:
+    """Those of spaces with the numbers of their rules: each rule's tensors are balanced by themselves, since they are
+    updated together.
+    """
+    found: list[list[Place]] = [[] for _ in spaces]
+    for rule in {rule for rule, _, _ in spaces}:
+        own = [index for index, space in enumerate(spaces) if space[0] == rule]
+        for index, there in zip(own, places([spaces[i][1:] for i in own], world_size), strict=True):
+            found[index] = there
+    return found
 
 
 def owners(costs: Sequence[int], world_size: int) -> list[int]:

@@ -30,8 +30,8 @@ from shardstep.sharding.memory import Bytes, Ledger
 from shardstep.sharding.modules import check_built, named_modules, seeds
 from shardstep.sharding.nonfinite import NonFiniteTrace
 from shardstep.sharding.space import Space
+from shardstep.sharding.states import make_states
 from shardstep.sharding.step import Step
-from shardstep.sharding.tensor_states import States
 from shardstep.sharding.unfreezing import Unfreezing
 from shardstep.sharding.unit import Unit
 from shardstep.sharding.units import UnitPlan, plan_units
@@ -172,8 +172,7 @@ def shard(
     buffers.follow_rank_0()
     built = _build(plans, ranks, ledger)
     trained = [space for unit in built for space in unit.spaces if space.trained]
-    for space in trained:
-        space.make_state(_states(space, optimizer))
+    make_states(trained, optimizer.states_of, optimizer.rule_of, ranks.size)
     flags = sum(len(space.parameters) for space in trained) + len(buffers.owners)
     agreement = Agreement(ranks, flags, _lend(built, ranks))
     gradients = Gradients(trained, ranks, ledger, schedule_, agreement)
@@ -195,15 +194,12 @@ def shard(
     return Sharded(built, ranks, ledger, gradients, step, formula, seeds(model))
 
 
-def _states(space: Space, optimizer: Optimizer | Combined) -> States:
-    """Those of each parameter of a space."""
-    return [optimizer.states_of(parameter) for parameter in space.parameters]
-
-
 def _size(space: Space, optimizer: Optimizer | Combined) -> SpaceSize:
     moved = [optimizer.moved_bytes(p, space.precision.master) for p in space.parameters] if space.trained else []
     travelling = tuple(own for own in moved if own is not None)
-    return SpaceSize(space.layout, space.precision, space.trained, space.stage, _states(space, optimizer), travelling)
+    rule = optimizer.rule_of(space.parameters[0])
+    states = [optimizer.states_of(parameter) for parameter in space.parameters]
+    return SpaceSize(space.layout, space.precision, space.trained, space.stage, states, rule, travelling)
 
 
 def _build(plans: list[UnitPlan], group: Group, ledger: Ledger) -> list[Unit]:

@@ -28,6 +28,7 @@ from shardstep.rules.ir import State
 from shardstep.sharding.freed import FreedParameter
 from shardstep.sharding.loans import Loan
 from shardstep.sharding.memory import Ledger
+from shardstep.sharding.ownership import Place
 from shardstep.sharding.reduce import Tree
 from shardstep.sharding.stand_in import StandIn
 from shardstep.sharding.tensor_states import States, TensorStates, in_all, in_some
@@ -75,6 +76,8 @@ class Space:
         self.stand_ins: list[StandIn] = []
         """For each parameter, its ``.grad`` from backward to step; empty while nothing is trained."""
         self._place(stage, precision)
+        self.places: list[Place] = []
+        """Where each parameter is put together, if its rule has matrix products."""
         self.by_tensor = self._tensor_states([()] * len(parameters))
 
     def _place(self, stage: Stage, precision: Precision) -> None:
@@ -251,16 +254,19 @@ class Space:
 
     # - optimizer state
 
-    def make_state(self, states: States) -> None:
-        """Allocate and start those states of each parameter that are not there yet, over what this rank owns."""
-        self.declared = in_all(states)
+    def make_state(self, states: States, places: list[Place]) -> None:
+        """Allocate and start those states of each parameter that are not there yet, over what this rank owns.
+
+        Collective where there are some already, and ``places`` are new.
+        """
+        self.declared, self.places = in_all(states), places
         for declared in self.declared:
             if declared.name not in self.state:
                 for array in stored_arrays(declared):
                     numel, dtype = self.master.numel() // array.per, array.dtype or self.precision.master
                     self.state[array.name] = self._ledger.take("state", numel, dtype)
                 self.start_state(declared)
-        if self.by_tensor.declared != in_some(states):
+        if self.by_tensor.declared != in_some(states) or self.by_tensor.owners != self._owners:
             before, self.by_tensor = self.by_tensor, self._tensor_states(states)
             self.by_tensor.take_over(before)
 
@@ -268,7 +274,11 @@ class Space:
         owned = [self.owned] * self._group.size
         if self.stage.shard_state:
             owned = [slice(r * self.shard_numel, (r + 1) * self.shard_numel) for r in range(self._group.size)]
-        return TensorStates(self.layout, states, self.master, owned, self._group, self._ledger)
+        return TensorStates(self.layout, states, self.master, owned, self._owners, self._group, self._ledger)
+
+    @property
+    def _owners(self) -> list[int]:
+        return [place.owner for place in self.places] or [0] * len(self.parameters)
 
     def start_state(self, declared: State) -> None:
         """Let a state begin anew."""

@@ -1,14 +1,31 @@
-"""Optimizer state between whole tensors, as state dicts have them, and what ranks own. Collective, all of it."""
+"""Optimizer state: how it begins, and its way between whole tensors, as state dicts have them, and what ranks own.
 
-from collections.abc import Mapping, Sequence
+Collective, all of it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from shardstep.collectives import Group
+from shardstep.rules.ir import State
+from shardstep.sharding.ownership import places_by_rule
 from shardstep.sharding.space import Space
 
 States = Mapping[nn.Parameter, Mapping[str, Tensor]]
+
+
+def make_states(
+    spaces: Sequence[Space],
+    states_of: Callable[[nn.Parameter], tuple[State, ...]],
+    rule_of: Callable[[nn.Parameter], int],
+    world_size: int,
+) -> None:
+    """Let all trained ``spaces`` have the states of their parameters; those that are there already stay."""
+    described = [(rule_of(space.parameters[0]), space.layout, space.stage) for space in spaces]
+    for space, places in zip(spaces, places_by_rule(described, world_size), strict=True):
+        space.make_state([states_of(parameter) for parameter in space.parameters], places)
 
 
 def gather_states(spaces: Sequence[Space]) -> dict[nn.Parameter, dict[str, Tensor]]:

@@ -18,7 +18,7 @@ from shardstep.sharding.combination import Combination, Key
 from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.memory import Ledger
 from shardstep.sharding.nonfinite import NonFiniteTrace
-from shardstep.sharding.ownership import Gathering, Place, places
+from shardstep.sharding.ownership import Gathering, Place
 from shardstep.sharding.space import Space
 from shardstep.sharding.states import gather_states, scatter_states
 from shardstep.sharding.unfreezing import Unfreezing
@@ -87,7 +87,7 @@ class Step:
 
     def include(self, parameters: Sequence[nn.Parameter]) -> None:
         """Train parameters of the model that were frozen so far. Collective."""
-        self._spaces = self._unfreezing.train(parameters, self._optimizer.states_of)
+        self._spaces = self._unfreezing.train(parameters, self._optimizer.states_of, self._optimizer.rule_of)
         self._rules = {space.tag: self._optimizer.rule_of(space.parameters[0]) for space in self._spaces}
 
     def discard(self) -> None:
@@ -173,13 +173,15 @@ class Step:
 
     def _owners(self, updates: list[SpaceUpdate]) -> Gathering:
         tensors, at = list[Whole](), list[Place]()
-        found = places([(update.space.layout, update.space.stage) for update in updates], self._group.size)
-        for update, there in zip(updates, found, strict=True):
+        for update in updates:
             space = update.space
-            for slot, key, place in zip(space.layout.slots, update.keys, there, strict=True):
+            slots = zip(space.layout.slots, update.keys, space.places, strict=True)
+            for index, (slot, key, place) in enumerate(slots):
                 if key is not None:
                     scale = update.scale * self._optimizer.grad_sign(key[0])
-                    tensors.append(Whole(*key, slot.shape, space.precision.master, scale, slot.offset))
+                    mine = place.owner == self._group.rank
+                    squares = space.by_tensor.of(index, elements=False) if mine else {}
+                    tensors.append(Whole(*key, slot.shape, space.precision.master, scale, slot.offset, squares))
                     at.append(place)
         last = 2 * max(space.tag for space in self._spaces) + 1
         return Gathering(tensors, at, self._group, self._ledger, (last + 1, last + 2), self._gradients.step)

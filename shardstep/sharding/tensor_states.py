@@ -1,8 +1,9 @@
 """States of a space that are kept tensor by tensor, beside those that run through the whole flat space.
 
 They are those with one value for each row, each column or the tensor, which every rank keeps whole (a rank updates
-those of the tensors that it owns a part of, and for a reader, whoever owns the first element has the right ones); and
-those of elements that only some of the parameters have, of which a rank keeps what it owns.
+those of the tensors that it owns a part of, and for a reader, whoever owns the first element has the right ones); those
+of pairs of rows or of columns, which the owner of the whole tensor alone keeps (see `ownership`); and those of elements
+that only some of the parameters have, of which a rank keeps what it owns.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from shardstep.collectives import Group
 from shardstep.errors import ConfigError
 from shardstep.layout import Layout, Slot
 from shardstep.rules.binding import CODED, stored_arrays
-from shardstep.rules.ir import State
+from shardstep.rules.ir import SQUARE, State
 from shardstep.rules.view import state_shape
 from shardstep.sharding.memory import Ledger
 
@@ -45,8 +46,10 @@ def part(slot: Slot, owned: slice) -> tuple[int, int]:
     return (start - slot.offset, stop - slot.offset) if start < stop else (0, 0)
 
 
-def kept_numel(declared: State, slot: Slot, owned: slice) -> int:
-    """How many values of a parameter's state a rank keeps."""
+def kept_numel(declared: State, slot: Slot, owned: slice, is_owner: bool) -> int:
+    """How many values of a parameter's state a rank keeps. ``is_owner``: of the whole tensor."""
+    if declared.shape in SQUARE and not is_owner:
+        return 0
     if declared.shape != "element":
         return prod(state_shape(declared.shape, slot.shape))
     start, stop = part(slot, owned)
@@ -54,21 +57,30 @@ def kept_numel(declared: State, slot: Slot, owned: slice) -> int:
 
 
 class TensorStates:
-    """Those of one space. ``owned``: the run of the flat space that each rank owns; ``rank``: this one."""
+    """Those of one space. ``owned``: the run of the flat space that each rank owns; ``owners``: the rank that owns each
+    whole tensor.
+    """
 
     def __init__(
-        self, layout: Layout, states: States, master: Tensor, owned: list[slice], group: Group, ledger: Ledger
+        self,
+        layout: Layout,
+        states: States,
+        master: Tensor,
+        owned: list[slice],
+        owners: list[int],
+        group: Group,
+        ledger: Ledger,
     ) -> None:
-        self.declared = in_some(states)
+        self.declared, self.owners = in_some(states), owners
         self._slots, self._states, self._master = layout.slots, states, master
-        self._owned, self._group = owned, group
+        self._owned, self._group, self._ledger = owned, group, ledger
         for declared in self.declared:
             if dtype_of(declared, master.dtype) in CODED:
                 raise ConfigError(
                     f"expected the state {declared.name!r}, which is stored in 8 bits, for every parameter of a unit, "
                     f"but {layout.slots[0].name!r} and others beside it differ in having it; store it in another dtype"
                 )
-        self._buffers = {declared.name: self._take(declared, ledger) for declared in self.declared}
+        self._buffers = {declared.name: self._take(declared) for declared in self.declared}
         for declared in self.declared:
             self.start(declared)
 
@@ -79,10 +91,18 @@ class TensorStates:
         return {name: self._buffers[name][cut] for name, cut in cuts.items()}
 
     def take_over(self, before: "TensorStates") -> None:
-        """Go on with the values of what there was already."""
+        """Go on with the values of what there was already, which gives back its memory. Collective, since tensors may
+        have got other owners.
+        """
         for declared in before.declared:
-            if declared in self.declared:
-                self._buffers[declared.name].copy_(before._buffers[declared.name])
+            buffer, old = self._buffers.get(declared.name), before._buffers[declared.name]
+            if buffer is not None and declared.shape in SQUARE:
+                cuts = self._cut(declared, self._group.rank)
+                for index, values in before.whole(declared, f"move of state {declared.name!r} to other owners"):
+                    buffer[cuts[index]] = values.view(-1)[: cuts[index].stop - cuts[index].start]
+            elif buffer is not None:
+                buffer.copy_(old)
+            self._ledger.give("state", old)
 
     def start(self, declared: State) -> None:
         """Let a state begin anew."""
@@ -101,7 +121,7 @@ class TensorStates:
         for index, slot in enumerate(self._slots):
             if declared in self._states[index]:
                 parts = [row[cut[index]] for row, cut in zip(rows, cuts, strict=True)]
-                flat = torch.cat(parts) if declared.shape == "element" else parts[self._owner(slot, len(rows))]
+                flat = torch.cat(parts) if declared.shape == "element" else parts[self._reader(declared, index)]
                 yield index, flat.reshape(state_shape(declared.shape, slot.shape)).clone()
 
     def adopt(self, declared: State, given: Mapping[int, Tensor], label: str) -> None:
@@ -119,32 +139,35 @@ class TensorStates:
             buffer[cut] = flat[at + start : at + start + cut.stop - cut.start]
             at += values.numel()
 
-    def _take(self, declared: State, ledger: Ledger) -> Tensor:
+    def _take(self, declared: State) -> Tensor:
         numel = self._cut(declared, self._group.rank)[-1].stop
         dtype = dtype_of(declared, self._master.dtype)
         if declared.shape != "tensor":
-            return ledger.take("state", numel, dtype)
-        ledger.count("state", numel * dtype.itemsize)
+            return self._ledger.take("state", numel, dtype)
+        self._ledger.count("state", numel * dtype.itemsize)
         return torch.empty(numel, dtype=dtype)  # on the CPU
 
     def _cut(self, declared: State, rank: int) -> list[slice]:
         """Where the state of each parameter is in a rank's buffer; nowhere for one without."""
         cuts, at = list[slice](), 0
-        for slot, states in zip(self._slots, self._states, strict=True):
-            length = kept_numel(declared, slot, self._owned[rank]) if declared in states else 0
+        for slot, states, owner in zip(self._slots, self._states, self.owners, strict=True):
+            length = kept_numel(declared, slot, self._owned[rank], owner == rank) if declared in states else 0
             cuts.append(slice(at, at + length))
             at += length
         return cuts
 
     def _gathered(self, own: Tensor, declared: State, label: str) -> list[Tensor]:
-        """Every rank's buffer; only this one's where all ranks own everything."""
-        if all(owned == self._owned[0] for owned in self._owned):
+        """Every rank's buffer; only this one's where all ranks have everything."""
+        if declared.shape not in SQUARE and all(owned == self._owned[0] for owned in self._owned):
             return [own]
         longest = max(self._cut(declared, rank)[-1].stop for rank in range(self._group.size))
         padded = torch.zeros(longest, dtype=own.dtype, device=self._master.device)
         padded[: own.numel()] = own
         return list(self._group.all_gather_small(padded, label=label).to(own.device))
 
-    def _owner(self, slot: Slot, ranks: int) -> int:
-        """Who owns the first element; for a parameter without any, whoever comes first."""
-        return next((rank for rank in range(ranks) if slot.offset < self._owned[rank].stop), 0)
+    def _reader(self, declared: State, index: int) -> int:
+        """Whose state of a tensor is right: its owner's, or that of whoever owns the first element, if it has any."""
+        if declared.shape in SQUARE:
+            return self.owners[index]
+        offset = self._slots[index].offset
+        return next((rank for rank, owned in enumerate(self._owned) if offset < owned.stop), 0)

@@ -16,6 +16,7 @@ from shardstep.sharding.agreement import Act, Agreement
 from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.hooks import Hooks
 from shardstep.sharding.space import Space
+from shardstep.sharding.states import make_states
 from shardstep.sharding.unit import Unit
 
 
@@ -35,9 +36,12 @@ class Unfreezing:
         }
 
     def train(
-        self, parameters: Sequence[nn.Parameter], states_of: Callable[[nn.Parameter], tuple[State, ...]]
+        self,
+        parameters: Sequence[nn.Parameter],
+        states_of: Callable[[nn.Parameter], tuple[State, ...]],
+        rule_of: Callable[[nn.Parameter], int],
     ) -> list[Space]:
-        """Train these too; ``states_of``: those of a parameter. Returns all trained spaces.
+        """Train these too; ``states_of``, ``rule_of``: those of a parameter. Returns all trained spaces.
 
         Collective. Raises a ConfigError, SequenceError or RankMismatchError before anything has changed.
         """
@@ -51,8 +55,7 @@ class Unfreezing:
             self._hooks.await_gradient(space, index)
             del self._frozen[id(space.parameters[index])]
         trained = [space for space in self._spaces if space.trained]
-        for space in trained:
-            space.make_state([states_of(parameter) for parameter in space.parameters])
+        make_states(trained, states_of, rule_of, self._group.size)
         self._gradients.collect(trained)
         return trained
 

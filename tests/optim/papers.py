@@ -89,3 +89,27 @@ def schedule_free(
     z = state["z"] = z - gamma * (grad / (torch.sqrt(v / (1 - betas[1] ** t)) + eps) + weight_decay * param)
     x = state["x"] = (1 - c) * x + c * z
     return (1 - betas[0]) * z + betas[0] * x
+
+
+def shampoo(
+    state: State,
+    param: Tensor,
+    grad: Tensor,
+    t: int,
+    *,
+    lr,
+    momentum=0.0,
+    weight_decay=0.0,
+    eps=1e-4,
+    update_freq=1,
+) -> Tensor:
+    """With a ridge of at least 1e-5 of the norm, decoupled decay, and the momentum of SGD."""
+    for side, square in (("left", grad @ grad.T), ("right", grad.T @ grad)):
+        total = state[side] = state.get(side, 0.0) + square
+        if (t - 1) % update_freq == 0:
+            values, vectors = torch.linalg.eigh(total)
+            ridge = max(eps, 1e-5 * total.norm().item())
+            state[f"{side}_root"] = (vectors * (values.clamp(min=0) + ridge) ** -0.25) @ vectors.T
+    update = state["left_root"] @ grad @ state["right_root"]
+    update = state["momentum_buffer"] = momentum * state.get("momentum_buffer", 0.0) + update
+    return param - lr * weight_decay * param - lr * update

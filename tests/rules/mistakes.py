@@ -259,6 +259,28 @@ def shapes(param, grad, row=state(shape="row"), total=state(shape="tensor")):
     return param - a - b - c - d - e, grad, row_mean(grad)  # E20: grad | E20: row_mean(grad)
 
 
+def squares(param, grad, left=state(shape="row_pair"), right=state(shape="column_pair")):
+    a = left + right  # E20: left + right
+    b = identity(grad)  # E20: identity(grad)
+    c = left @ right  # E20: left @ right
+    d = left % 2 + grad % 2  # E20: left % 2 | E20: grad % 2
+    return param - a - b - c - d, right, param  # E20: right | E20: param
+
+
+def coded_square(param, grad, left=state(shape="row_pair", dtype="dynamic8")):  # E20: left
+    return param - left @ grad, left + 1
+
+
+def square_of_param(param, grad, left=state("param", shape="row_pair")):  # E15: left
+    return param - left @ grad, left + 1
+
+
+def remainders(param, grad, *, step, lr=0.1):
+    if step % 0 == 1 % 0:  # E11: 1 % 0
+        param = param - lr * grad
+    return param - grad
+
+
 def unknown_shape(param, grad, m=state(shape="block")):  # E20: m
     return param - grad, m + 1
 

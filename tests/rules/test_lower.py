@@ -19,7 +19,7 @@ from tests.rules.passes.plain_evaluator import bfloat16
 
 EXAMPLES = [adamw, lion, sgd, lamb, adafactor, muon]
 LOWERED = Path(__file__).parent / "lowered"
-SHAPES = {"element": (3, 5), "row": (3, 1), "column": (1, 5), "tensor": ()}
+SHAPES = {"element": (3, 5), "row": (3, 1), "column": (1, 5), "rr": (3, 3), "cc": (5, 5), "tensor": ()}
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda r: r.name)
@@ -52,6 +52,7 @@ NUMPY = {
     "max_abs": lambda x: np.max(np.abs(x)),
     "row_mean": lambda x: np.mean(x, axis=1, keepdims=True),
     "col_mean": lambda x: np.mean(x, axis=0, keepdims=True),
+    "identity": lambda x: np.eye(len(x)),
 }
 
 
@@ -80,6 +81,8 @@ OPERATIONS = {
     "column_sum": lambda x: np.sum(x, axis=0, keepdims=True),
     "matmul": np.matmul,
     "transpose": np.transpose,
+    "identity": NUMPY["identity"],
+    "mod": np.mod,
     "numel": lambda: 15.0,
     "rows": lambda: 3.0,
     "columns": lambda: 5.0,
@@ -141,6 +144,7 @@ def every_word(param, grad, m=zeros, *, lr=0.5, betas=(0.1, 0.2), flag=True):
     m = m + clip(grad, -0.1, 0.2) + lerp(m, grad, lr) + rsqrt(m * m) + sign(grad) + bfloat16(grad)
     scale = sum(m) / mean(grad) + max_abs(param) * norm(m)
     lines = row_mean(param) * col_mean(grad) + mean(row_mean(m)) + mean(col_mean(m)) + mean(m @ m.T) + mean(m.T @ m)
+    lines = lines + (identity(param @ param.T) - 0.5 * identity(m @ m.T)) @ m
     lr2 = sqrt(lr) if lr > betas[0] + betas[-1] and not (flag or lr >= 2) else lr
     near = where(grad < -0.2, 1.0, where(param <= 0.5, 2.0, where(param == grad, 3.0, where(m != m, 4.0, 5.0))))
     return minimum(param, -lr2 * +m) + near * maximum(grad, m), lines + scale
@@ -159,6 +163,35 @@ def test_every_function_of_the_language_is_what_it_is_called():
     agree(powers)
     used = set(every_word.function.__code__.co_names)
     assert used >= set(WORDS)
+
+
+@rule
+def squares(param, grad, left=state(shape="row_pair"), right=state(1.0, shape="column_pair"), *, step, every=2):
+    left = left + grad @ grad.T
+    if (step - 1) % every == 0:
+        right = 0.5 * right + grad.T @ grad + 7 % 4 * identity(right)
+    return param - left @ grad @ right, left, right
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_states_of_square_matrices(step):
+    agree(squares, step=step)
+    assert parse_text(to_text(program_of(squares))) == program_of(squares)
+    assert [(s.name, s.shape) for s in squares.stored(left="bfloat16").declared] == [("left", "rr"), ("right", "cc")]
+
+
+def test_a_state_of_a_square_matrix_needs_it_whole():
+    @rule
+    def counting(param, grad, left=state(shape="row_pair")):
+        return param - grad, left * 0 + 1
+
+    @rule
+    def setting(param, grad, left=state(shape="row_pair"), *, lr=0.1):
+        return param - lr * grad, lr
+
+    line = counting.function.__code__.co_firstlineno + 2
+    assert locality(program_of(counting)) == ("matrix", f"load left in line {line} needs the whole matrix in one place")
+    assert locality(program_of(setting)) == ("matrix", "store left needs the whole matrix in one place")
 
 
 def operations(defined):

@@ -112,6 +112,12 @@ def test_a_uniform_value_that_has_none_is_refused_in_the_words_of_the_rule(make,
 
 
 @both
+def test_a_remainder_by_zero_is_refused(make):
+    with pytest.raises(RuleError, match="expected the per-step scalar x % y to have a value, got a division by zero"):
+        make(one_operation("mod %0 %1"), (2,))({"x": 0.1, "y": 0}, {})
+
+
+@both
 @pytest.mark.parametrize("text", TOO_LARGE)
 def test_a_uniform_value_that_overflows_is_refused(make, text):
     with pytest.raises(RuleError, match="got a number too large for float64"):
@@ -137,6 +143,10 @@ TENSOR = [
     ("div %0 %1", 1.0, 0.0, math.inf),
     ("div %0 %1", 1.0, -0.0, -math.inf),
     ("div %0 %1", 0.0, 0.0, math.nan),
+    ("mod %0 %1", 7.0, 4.0, 3.0),
+    ("mod %0 %1", -1.0, 4.0, 3.0),
+    ("mod %0 %1", 1.0, 0.0, math.nan),
+    ("mod %0 %1", math.inf, 2.0, math.nan),
     ("sqrt %0", -1.0, 0.0, math.nan),
     ("rsqrt %0", 0.0, 0.0, math.inf),
     ("log %0", 0.0, 0.0, -math.inf),

@@ -9,6 +9,7 @@ from shardstep.cli import main
 from shardstep.errors import ConfigError
 from shardstep.optim.adam import adamw
 from shardstep.optim.muon import muon
+from shardstep.optim.shampoo import shampoo
 from shardstep.rules import rule, state
 from shardstep.rules.show import STAGES, debug, show
 from tests.rules import examples
@@ -132,3 +133,12 @@ def test_steps_of_a_rule_with_matrix_products():
     assert text.index("--- middle") < text.index("--- tail: a pass")
     for stage in ("llvm", "triton"):
         assert show(muon, stage, {}).count("define void @run" if stage == "llvm" else "@triton.jit\ndef muon") == 3
+
+
+def test_states_of_squares_and_identities_are_shown():
+    assert "left: real rr" in show(shampoo, "check", {})
+    text = show(shampoo, "passes", {"step": 1})
+    assert len(re.findall(r"--- middle: b\d+ = identity\n", text)) == 2
+    assert len(re.findall(r"--- middle: b\d+ = b\d+(\.T)? @ ", text)) == 4 + 2 * 32
+    assert "store left_root" in text
+    assert "store left_root" not in show(shampoo, "passes", {"step": 2, "update_freq": 2}).split("--- head")[1]

@@ -8,10 +8,11 @@ from shardstep.optim.muon import muon
 from shardstep.rules.backends import reference
 from shardstep.rules.backends.llvm import compile_phase
 from shardstep.rules.compiled import compile_rule
-from shardstep.rules.ir import Product, Sweep, parse_text
+from shardstep.rules.ir import Product, State, Sweep, Unit, parse_text
 from shardstep.rules.language import inline, rule, state, zeros
 from shardstep.rules.lower import program_of
 from shardstep.rules.passes import compile_truths, cut_steps, stages
+from shardstep.rules.view import state_shape
 from shardstep.types import Batch, Segment, Update, Whole
 from tests.rules.phases import bind, phase
 
@@ -96,7 +97,8 @@ def every_kind(param, grad, swapped=state("param"), other=zeros, *, step, lr=0.1
 def scalar_out(param, grad, *, lr=0.5):
     """A number of the middle meets elements that products never saw."""
     gram = grad @ grad.T
-    return param * (1 + lr / (1 + norm(gram))) + (gram / (norm(gram) + norm(grad))) @ (param + grad)
+    moved = param * (1 + lr / (1 + norm(gram))) + (gram / (norm(gram) + norm(grad))) @ (param + grad)
+    return moved - grad / (1 + max_abs(gram))
 
 
 @rule
@@ -107,24 +109,59 @@ def kept(param, grad, *, lr=0.5):
     return param - lr * where(x * y > 0, y, x)
 
 
-RULES = [wide_products, every_kind, scalar_out, kept, muon]
+@rule
+def squares(
+    param,
+    grad,
+    left=state(shape="row_pair"),
+    right=state(1.0, shape="column_pair"),
+    before=state(shape="row_pair"),
+    turned=state(shape="row_pair", dtype="bfloat16"),
+    *,
+    step,
+    lr=0.1,
+):
+    """States that the middle reads where they are: by products, by passes before and after they are stored, swapped."""
+    gram = grad @ grad.T
+    shifted = left / max_abs(gram) + 0.5 * identity(gram)
+    total = left + gram
+    right = 0.5 * right + grad.T @ grad / max_abs(right)
+    if step % 2 == 0:
+        turned = bfloat16((shifted @ left).T / (norm(left) + norm(shifted)))
+    update = (shifted + turned / max_abs(turned)) @ grad @ right / norm(right)
+    return param - lr * update / (norm(update) + norm(param)), before, right, total / norm(total), turned
+
+
+RULES = [wide_products, every_kind, scalar_out, kept, squares, muon]
 
 
 def arrays_of(defined, shape, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    names = ["param", "grad", *defined.states]
-    return {name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for name in names}
+    arrays = [State("param"), State("grad"), *defined.declared]
+    shapes = {array.name: state_shape(array.shape, shape) for array in arrays}
+    dtypes = {array.name: torch.bfloat16 if array.dtype else dtype for array in arrays}
+    return {
+        name: torch.randn(own, generator=generator, dtype=torch.float64).to(dtypes[name])
+        for name, own in shapes.items()
+    }
 
 
-@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6), (1, 7), (7, 1), (130, 70)], ids=str)
+def states_of(defined, arrays):
+    """Those of elements, flat, and the others."""
+    elements = {name: arrays[name].view(-1) for name in defined.states if name not in defined.tensor_states}
+    return elements, {name: arrays[name] for name in defined.tensor_states}
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6), (1, 7), (7, 1), (130, 70), (2, 3, 4)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("defined", RULES, ids=lambda defined: defined.name)
 def test_steps_compute_what_the_program_means(defined, dtype, shape):
     arrays, hypers = arrays_of(defined, shape, dtype), {**defined.hyperparameters, "lr": 0.25}
     low = torch.empty(shape, dtype=torch.bfloat16).view(-1)
     want = reference_of(defined, arrays, hypers, dtype)
-    state = {name: arrays[name].view(-1) for name in defined.states}
+    state, squares = states_of(defined, arrays)
     segment = Segment(0, 2, arrays["param"].view(-1), arrays["grad"].view(-1), state, low, 0.5, 384, shape)
+    segment.tensor_state = squares
     compile_rule(defined).update(Batch([segment], [Update(0, 2, shape)], lambda sums, _: sums), [hypers])
     close = {"rtol": 2e-2, "atol": 2e-3} if defined is muon else {"rtol": 1e-4, "atol": 1e-5}
     for name, expected in want.items():
@@ -133,8 +170,8 @@ def test_steps_compute_what_the_program_means(defined, dtype, shape):
 
 
 def reference_of(defined, arrays, hypers, dtype):
-    given = {**hypers, "step": 2, "grad_scale": 0.5, "rows": arrays["param"].shape[0]}
-    given["columns"] = arrays["param"].shape[1]
+    rows, columns = arrays["param"].shape[-2:]
+    given = {**hypers, "step": 2, "grad_scale": 0.5, "rows": rows, "columns": columns}
     program = program_of(defined)
     program = stages(program, compile_truths(program)(given), dtype)[-1][1]
     return reference.run_whole(program, arrays, given, compute=dtype, offset=384)
@@ -166,12 +203,15 @@ def test_parts_that_meet_at_an_owner_have_the_bits_of_the_whole(defined, shape):
     whole, cut = arrays_of(defined, shape, torch.float32), arrays_of(defined, shape, torch.float32)
 
     def segment(arrays, part):
-        flat = {name: values.view(-1)[part] for name, values in arrays.items()}
-        return Segment(0, 2, flat.pop("param"), flat.pop("grad"), flat, None, 0.5, part.start, shape)
+        state = {name: values[part] for name, values in states_of(defined, arrays)[0].items()}
+        param, grad = (arrays[name].view(-1)[part] for name in ("param", "grad"))
+        return Segment(0, 2, param, grad, state, None, 0.5, part.start, shape)
 
     run = compile_rule(defined).update
-    run(Batch([segment(whole, slice(0, numel))], [Update(0, 2, shape)], lambda sums, _: sums), [hypers])
-    owner = Halves(Whole(0, 2, shape, torch.float32, 0.5, 0), at)
+    alone = segment(whole, slice(0, numel))
+    alone.tensor_state = states_of(defined, whole)[1]
+    run(Batch([alone], [Update(0, 2, shape)], lambda sums, _: sums), [hypers])
+    owner = Halves(Whole(0, 2, shape, torch.float32, 0.5, 0, states_of(defined, cut)[1]), at)
     run(
         Batch([segment(cut, slice(0, at)), segment(cut, slice(at, numel))], [Update(0, 2, shape)], combined, owner),
         [hypers],
@@ -192,6 +232,21 @@ def test_where_products_are_exact_the_bits_are_those_of_the_reference():
     segment = Segment(0, 2, arrays["param"].view(-1), arrays["grad"].view(-1), {}, None, 0.5, 0, (5, 7))
     compile_rule(whole_numbers).update(Batch([segment], [Update(0, 2, (5, 7))], lambda sums, _: sums), [{"lr": 1.0}])
     assert torch.equal(arrays["param"], want)
+
+
+def test_states_of_squares_are_read_and_stored_in_the_middle_without_copies():
+    steps = steps_of(squares, 4, 3, step=3)
+    assert [len(side) for side in (steps.inward, steps.outward)] == [1, 1]
+    assert sum(isinstance(step, Unit) for step in steps.middle) == 1
+    passes = [step for step in steps.middle if isinstance(step, Sweep)]
+    stores = [(name, step.extent) for step in passes for name, _ in step.phase.body.stores]
+    assert {name: extent for name, extent in stores if name in squares.states} == {
+        "left": "rr",
+        "right": "cc",
+        "before": "rr",
+    }
+    loaded = [n for n in steps.buffers if steps.program.instructions[n].operation == "load"]
+    assert not loaded, "only products need a state in a buffer"
 
 
 def test_a_state_with_the_name_of_a_buffer():

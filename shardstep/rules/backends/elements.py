@@ -2,7 +2,7 @@
 
 Never numpy's or torch's own exp, log, tanh or power on arrays: their bits differ between machines, and with the place
 in an array. Values that the host computes (uniform and tensor ones) are float64 and go through the same functions;
-only there are `exp log tanh pow` those of the math module.
+only there are `exp log tanh pow` those of the math module, and is there `mod`.
 """
 
 import math
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from shardstep.rules import ir
 from shardstep.rules.backends.rounding import NUMPY, fma32, fma64, to_low, widen
 from shardstep.rules.passes.elementary import ELEMENTARY, expand
+from shardstep.rules.scalars.arithmetic import modulo
 
 Array = NDArray[Any]
 
@@ -123,6 +124,7 @@ _FUNCTIONS: Final[dict[str, Callable[..., Any]]] = {
     "sub": np.subtract,
     "mul": np.multiply,
     "div": np.divide,
+    "mod": _on_host(modulo, np.remainder),
     "fma": _fma,
     "neg": np.negative,
     "abs": np.abs,

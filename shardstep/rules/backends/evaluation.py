@@ -109,13 +109,15 @@ class Evaluation:
         match ir.OPERATIONS[line.operation].family:
             case "source":
                 return self._source(number, line)
-            case "pointwise":
+            case "pointwise" | "host":
                 return evaluate(line, arguments, self._compute)
             case "reduction":
                 by_place = self._program.instructions[line.arguments[0]].type.shape == "element"
                 return reduce(line, arguments, self._compute, self._offset if by_place else 0)
         if line.operation == "transpose":
             return np.ascontiguousarray(arguments[0].swapaxes(-1, -2))
+        if line.operation == "identity":
+            return np.broadcast_to(np.eye(arguments[0].shape[-1], dtype=NUMPY[self._compute]), arguments[0].shape)
         # torch allots aligned memory, so the library's choice of kernel does not depend on the addresses.
         left, right = (torch.tensor(a, dtype=torch.float64) for a in arguments)
         return np.asarray((left @ right).numpy()).astype(NUMPY[self._compute])

@@ -12,7 +12,8 @@
 An instruction refers to earlier ones only; its number is its place in the list. A `uniform` is one number a step,
 the same for all tensors; a `tensor` value is one number for each tensor; `row` and `column` values, one for each
 row or column of the parameter seen as matrices (`rules.view`); an `element`, one for each of its elements (and r × c
-where whole matrices meet); `rr`, `cc` and `cr` are the other matrices that can be made of it.
+where whole matrices meet); `rr`, `cc` and `cr` are the other matrices that can be made of it: one value for each pair
+of rows, each pair of columns, and the transpose.
 
 `operations` says which operations there are; `program` holds them; `phase` cuts them into passes over memory, and
 `steps` those with matrix products; `text` prints and reads them; `verify` checks them. Uniform and tensor values are
@@ -20,15 +21,16 @@ float64 on the host, rounded once where they meet the others. Nothing here knows
 other than the name that a state is stored in.
 """
 
-from shardstep.rules.ir.operations import OPERATIONS, Kind, Operation, Shape, Type
+from shardstep.rules.ir.operations import OPERATIONS, SQUARE, Kind, Operation, Shape, Type
 from shardstep.rules.ir.phase import Phase, Phases, Vector
 from shardstep.rules.ir.program import Attribute, Builder, Hyper, Instruction, Place, Program, State
-from shardstep.rules.ir.steps import Buffer, Product, Step, Steps, Sweep, Turn
+from shardstep.rules.ir.steps import Buffer, Product, Step, Steps, Sweep, Turn, Unit
 from shardstep.rules.ir.text import parse_text, to_text
 from shardstep.rules.ir.verify import VerifyError, verify
 
 __all__ = [
     "OPERATIONS",
+    "SQUARE",
     "Attribute",
     "Buffer",
     "Builder",
@@ -48,6 +50,7 @@ __all__ = [
     "Sweep",
     "Turn",
     "Type",
+    "Unit",
     "Vector",
     "VerifyError",
     "parse_text",

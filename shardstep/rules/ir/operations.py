@@ -6,12 +6,13 @@ with NaN are false, but for `ne`. Words wrap around. Which NaN a NaN is, is not 
 `bfloat16` rounds once to bfloat16, to
 nearest even, and stays real.
 `exp log tanh rsqrt pow` have no fixed bits of their own: a pass replaces them by the ones above.
+`mod` is Python's `%`, of numbers that the host computes only.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Final, Literal
 
 Kind = Literal["real", "bool", "word"]
 Shape = Literal["uniform", "tensor", "row", "column", "element", "rr", "cc", "cr"]
@@ -40,7 +41,7 @@ class Operation:
     ``family`` decides the shape of the result: see `result_type`.
     """
 
-    family: Literal["source", "pointwise", "reduction", "matrix"]
+    family: Literal["source", "pointwise", "host", "reduction", "matrix"]
     takes: tuple[Kind, ...]
     gives: Kind
     attributes: int = 0
@@ -74,6 +75,7 @@ OPERATIONS: dict[str, Operation] = {
     **_pointwise("brr", "real", "where"),
     # choose: a branch of the source, decided when the rule is specialised; its condition is uniform
     **_pointwise("brr", "real", "choose"),
+    "mod": Operation("host", ("real", "real"), "real"),
     **_pointwise("r", "word", "bits"),
     **_pointwise("w", "real", "from_bits"),
     **_pointwise("ww", "word", "word_add word_sub word_mul word_and word_or word_xor"),
@@ -84,6 +86,8 @@ OPERATIONS: dict[str, Operation] = {
     **_reductions("rr", "row_total column_total"),
     "matmul": Operation("matrix", ("real", "real"), "real"),
     "transpose": Operation("matrix", ("real",), "real"),
+    # the identity of the shape of its argument, whose values do not matter
+    "identity": Operation("matrix", ("real",), "real"),
 }
 
 _SOURCES: dict[str, Shape] = {
@@ -95,6 +99,9 @@ _SOURCES: dict[str, Shape] = {
 }
 _MATRICES: dict[str, Shape] = {"rc": "element", "rr": "rr", "cc": "cc", "cr": "cr"}
 _DIMENSIONS = {shape: dimensions for dimensions, shape in _MATRICES.items()}
+
+SQUARE: Final[frozenset[Shape]] = frozenset({"rr", "cc"})
+"""The shapes of square matrices: one number for each pair of rows, or of columns."""
 
 
 def join(shapes: Sequence[Shape]) -> Shape | None:
@@ -122,10 +129,13 @@ def _result_shape(operation: str, family: str, shapes: list[Shape]) -> Shape | N
         return None
     if family == "source":
         return _SOURCES[operation]
-    if family == "pointwise":
-        return join(shapes)
+    if family in ("pointwise", "host"):
+        joined = join(shapes)
+        return joined if family == "pointwise" or joined in ("uniform", "tensor") else None
     if family == "reduction":
         return _reduced(operation, shapes)
+    if operation == "identity":
+        return shapes[0] if shapes[0] in SQUARE else None
     dimensions = [_DIMENSIONS.get(shape) for shape in shapes]
     if operation == "transpose":
         return _MATRICES.get(dimensions[0][::-1]) if dimensions[0] else None

@@ -4,7 +4,8 @@
     middle    passes and products over whole matrices         what comes of it goes back
     tail      passes over the elements that a rank has
 
-So arrays stay where they are stored, and only the values between the steps travel. Where tensors are whole anyway the
+So arrays stay where they are stored, and only the values between the steps travel; states of square matrices are
+stored at the owner, and the middle reads and writes them. Where tensors are whole anyway the
 three follow one another, and nothing travels. Pure data.
 """
 
@@ -29,8 +30,8 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Sweep:
-    """One pass over all elements of a matrix of ``extent``. To its phase everything is flat: the arrays of the rule,
-    and ``buffers``, by number.
+    """One pass over all elements of a matrix of ``extent``. To its phase everything is flat: the rule's arrays of this
+    shape, and ``buffers``, by number.
     """
 
     extent: Shape
@@ -60,6 +61,11 @@ class Product:
         factors = (self.left, self.right, self.result)
         return factors if self.addend is None else (*factors, self.addend)
 
+    @property
+    def turned(self) -> tuple[bool, ...]:
+        """Which of the buffers are transposed on the way."""
+        return (self.left_turned, self.right_turned, *(False,) * (len(self.buffers) - 2))
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -72,8 +78,27 @@ class Turn:
     def buffers(self) -> tuple[int, ...]:
         return (self.source, self.result)
 
+    @property
+    def turned(self) -> tuple[bool, ...]:
+        return (True, False)
 
-Step = Sweep | Product | Turn
+
+@dataclass(frozen=True)
+class Unit:
+    """``result`` is the identity matrix."""
+
+    result: int
+
+    @property
+    def buffers(self) -> tuple[int, ...]:
+        return (self.result,)
+
+    @property
+    def turned(self) -> tuple[bool, ...]:
+        return (False,)
+
+
+Step = Sweep | Product | Turn | Unit
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,18 @@
 """Which part of a program with matrix products each value belongs to: head, middle or tail (see `ir.steps`).
 
-The middle is what lies between products, and what has another extent than the elements. A value that no product is
-made of and that is made of none runs as late as its users allow, so that it need not be kept. What the middle is
-made of, and what it makes, is computed on the side where fewer bytes travel.
+The middle is what lies between products, and what has another extent than the elements, states of square matrices
+among it. A value that no product is made of and that is made of none runs as late as its users allow, so that it need
+not be kept. What the middle is made of, and what it makes, is computed on the side where fewer bytes travel.
 
 Values that are *free* belong to no part: each pass that needs one computes it again. They are the truth values and
-words, which no array can hold, and outside the middle what is made of the gradient alone, such as its scaled form.
+words, which no array can hold, and outside the middle what is made of the gradient alone, such as its scaled form (but
+not with numbers that only the middle knows).
 """
 
 from dataclasses import astuple, dataclass
 from typing import Final
 
-from shardstep.rules.ir import OPERATIONS, Program
+from shardstep.rules.ir import OPERATIONS, SQUARE, Program
 
 HEAD, MIDDLE, TAIL = 0, 1, 2
 
@@ -31,8 +32,9 @@ class Factors:
 
 
 class Parts:
-    """``products``: what each value that is one is the product of. ``home``: value -> its part; none for the host's,
-    for what is free, and for what is loaded and not sent to the middle. ``sums``: (part, reduction): some twice.
+    """``products``: what each value that is one is the product of; ``turns``, ``units``: transposes and identities that
+    are needed in memory. ``home``: value -> its part; none for the host's, for what is free, and for what is loaded and
+    not sent to the middle. ``sums``: (part, reduction): some twice.
     """
 
     def __init__(self, program: Program) -> None:
@@ -47,6 +49,7 @@ class Parts:
         self._merged: set[int] = set()
         self.products = self._find_products()
         self.turns = {n for n in range(self._count) if self._is_turn(n)}
+        self.units = {n for n in range(self._count) if self.lines[n].operation == "identity"}
         self.made_of = [self._arguments(number) for number in range(self._count)]
         self.users = [[] for _ in self.lines]
         for number, arguments in enumerate(self.made_of):
@@ -68,15 +71,24 @@ class Parts:
     def is_load(self, number: int) -> bool:
         return self.lines[number].operation == "load"
 
+    def is_square_state(self, number: int) -> bool:
+        """Whether the value is read from an array that is stored where the middle runs."""
+        return self.is_load(number) and self.lines[number].type.shape in SQUARE
+
+    def is_whole(self, number: int) -> bool:
+        """Whether it is made by a step of its own, and not by a pass."""
+        return number in self.products or number in self.turns or number in self.units
+
     def is_sum(self, number: int) -> bool:
         return self.lines[number].operation in _SUMS
 
     def is_free(self, number: int, part: int) -> bool:
         """Whether a pass of this part computes it for itself."""
         line = self.lines[number]
-        if self.hosted[number] or number in self.products or number in self.turns or self.is_load(number):
+        if self.hosted[number] or self.is_whole(number) or self.is_load(number):
             return False
-        return line.type.is_single or line.type.kind != "real" or (part != MIDDLE and self._of_gradient[number])
+        of_gradient = part != MIDDLE and self._of_gradient[number] and number not in self.middle
+        return line.type.is_single or line.type.kind != "real" or of_gradient
 
     def base(self, number: int) -> tuple[int, bool]:
         """The value that transposes lead back to, and whether it is transposed."""
@@ -150,7 +162,7 @@ class Parts:
             return (self.base(left)[0], self.base(right)[0], *(other for other in others if other is not None))
         if number in self.turns:
             return (self.base(number)[0],)
-        if self._is_gone(number):
+        if self._is_gone(number) or number in self.units:
             return ()
         return tuple(a if a in self.turns else self.base(a)[0] for a in self.lines[number].arguments)
 
@@ -170,7 +182,7 @@ class Parts:
     # - the middle
 
     def _find_middle(self) -> set[int]:
-        core = {*self.products, *self.turns}
+        core = {*self.products, *self.turns, *self.units}
         for number, line in enumerate(self.lines):
             shapes = [line.type.shape, *(self.lines[a].type.shape for a in self.made_of[number])]
             if not self._is_gone(number) and {"rr", "cc", "cr"} & set(shapes):
@@ -272,7 +284,7 @@ class Parts:
                     self.home[number] = HEAD
                     parts = (parts - kept) | {HEAD}
             elif self.is_load(number):
-                self.home |= {number: HEAD} if MIDDLE in parts else {}
+                self.home |= {number: MIDDLE if self.is_square_state(number) else HEAD} if MIDDLE in parts else {}
             else:
                 parts = {self._home(number, parts)}
                 self.home[number] = next(iter(parts))

@@ -12,14 +12,30 @@ before      %0 = load grad : real element              head     %0 = load grad :
 
 In each part values have a level: how many products and sums, one after the other, they wait for. All of one level and
 one extent are one pass; it runs as late as its users allow. A value that a product or a later pass needs is kept in a
-buffer. An array is stored as soon as its new value is there and nobody reads the old one any more.
+buffer. An array is stored as soon as its new value is there and nobody reads the old one any more; one of square
+matrices by the middle, which reads it where it is.
 """
 
 from collections.abc import Iterable, Iterator
 from typing import Final
 
 from shardstep.errors import RuleError
-from shardstep.rules.ir import Buffer, Builder, Hyper, Phase, Product, Program, Shape, State, Step, Steps, Sweep, Turn
+from shardstep.rules.ir import (
+    SQUARE,
+    Buffer,
+    Builder,
+    Hyper,
+    Phase,
+    Product,
+    Program,
+    Shape,
+    State,
+    Step,
+    Steps,
+    Sweep,
+    Turn,
+    Unit,
+)
 from shardstep.rules.passes.dead import drop_dead
 from shardstep.rules.passes.parts import HEAD, MIDDLE, TAIL, Parts
 from shardstep.rules.passes.split import carried, carry
@@ -40,7 +56,7 @@ def split_steps(program: Program) -> Steps:
 
 def _refuse_other_shapes(program: Program) -> None:
     for line in program.instructions:
-        kept = line.operation == "load" and line.type.shape != "element"
+        kept = line.operation == "load" and line.type.shape not in ("element", *SQUARE)
         if kept or line.type.shape in ("row", "column"):
             raise RuleError(
                 f"{where(program, line)}: expected values of elements, matrices and tensors beside matrix products, "
@@ -53,7 +69,7 @@ class _Cutter:
         self._parts, self._program, self._lines = parts, parts.program, parts.lines
         self._available: dict[tuple[int, int], int] = {}
         self._level: dict[int, int] = {}
-        self._kept: set[int] = {*parts.products, *parts.turns}
+        self._kept: set[int] = {number for number in range(len(self._lines)) if parts.is_whole(number)}
         self._stores: list[tuple[Site, str, int]] = []
         self._prefix = "b"
         while any(name.startswith(self._prefix) for name in self._program.shapes):
@@ -91,7 +107,7 @@ class _Cutter:
             parts = [part for part in (HEAD, MIDDLE, TAIL) if (part, number) in self._parts.sums]
             if (home := self._home(number)) is not None:
                 parts = [home]
-            waits = self._parts.is_sum(number) or number in self._parts.products or number in self._parts.turns
+            waits = self._parts.is_sum(number) or self._parts.is_whole(number)
             for part in parts:
                 first = max((self._there(part, argument) for argument in arguments), default=0)
                 self._available[part, number] = first + waits
@@ -158,25 +174,30 @@ class _Cutter:
         places: dict[str, Site] = {}
         values = dict(self._program.stores)
         for name, value in values.items():
-            home = self._home(value)
-            places[name] = (TAIL, self._there(TAIL, value))
-            if home == HEAD or (home == TAIL and value not in self._kept):
+            home, part = self._home(value), MIDDLE if self._is_square(name) else TAIL
+            places[name] = (part, self._there(part, value))
+            if home == HEAD or (home == part and value not in self._kept):
                 places[name] = next(self._sites(value))
         for _ in range(len(values) + 1):
             self._stores = [(places[name], name, value) for name, value in values.items()]
             for site, _, value in self._reads():
                 name = str(self._lines[value].attributes[0]) if self._parts.is_load(value) else ""
-                if name in places and site[0] != MIDDLE:
+                if name in places and (site[0] == MIDDLE) == self._is_square(name):
                     places[name] = max(places[name], site)
+
+    def _is_square(self, name: str) -> bool:
+        """Whether the middle reads and writes an array where it is stored; of others it is given the values."""
+        return self._program.shapes[name] in SQUARE
 
     def _keep_what_is_read_elsewhere(self) -> None:
         for site, number, value in self._reads():
-            home = self._home(value)
-            if self._parts.is_load(value):
+            by_itself = number >= 0 and self._parts.is_whole(number)
+            if self._parts.is_square_state(value):
+                kept = by_itself
+            elif self._parts.is_load(value):
                 kept = site[0] == MIDDLE
             else:
-                by_itself = number in self._parts.products or number in self._parts.turns
-                kept = by_itself or (home, self._level.get(value)) != site
+                kept = by_itself or (self._home(value), self._level.get(value)) != site
             if kept:
                 self._kept.add(value)
 
@@ -196,7 +217,9 @@ class _Cutter:
                     yield from self._whole(number)
 
     def _whole(self, number: int) -> Iterator[Step]:
-        if number in self._parts.turns:
+        if number in self._parts.units:
+            yield Unit(number)
+        elif number in self._parts.turns:
             yield Turn(self._parts.base(number)[0], number)
         elif number in self._parts.products:
             factors = self._parts.products[number]
@@ -210,7 +233,7 @@ class _Cutter:
         sums = [n for p, n in sorted(self._parts.sums) if p == part and self._available[p, n] == level + 1]
         kept = [n for n in kept if self._lines[n].type.shape == extent]
         sums = [n for n in sums if self._lines[self._lines[n].arguments[0]].type.shape == extent]
-        stores = [(name, value) for at, name, value in self._stores if at == site and extent == "element"]
+        stores = [(n, value) for at, n, value in self._stores if at == site and self._program.shapes[n] == extent]
         if not kept and not sums and not stores:
             return None
         return self._pass(site, extent, kept, sums, stores)
@@ -232,6 +255,8 @@ class _Cutter:
             elif self._parts.hosted[old] and line.operation != "const":
                 numbers[old] = carried(builder, line, builder.hyper(f"s{len(scalars)}", place=line.place))
                 scalars.append(self._carriers.get(old, old))
+            elif self._parts.is_load(old):
+                numbers[old] = builder.load(str(line.attributes[0]), line.place)
             else:
                 numbers[old] = builder.copy(line, tuple(numbers[a] for a in self._parts.made_of[old]))
         made = [builder.emit(self._lines[n].operation, numbers[of]) for n, of in zip(sums, summed, strict=True)]
@@ -260,6 +285,6 @@ class _Cutter:
     def _is_read(self, site: Site, number: int) -> bool:
         """Whether the pass at ``site`` finds a value in a buffer."""
         if self._parts.is_load(number):
-            return site[0] == MIDDLE
+            return site[0] == MIDDLE and not self._parts.is_square_state(number)
         elsewhere = (self._home(number), self._level.get(number)) != site
         return number in self._kept and elsewhere and not self._parts.is_free(number, site[0])

@@ -17,6 +17,11 @@ def divide(a: float, b: float) -> float:
     return math.copysign(math.inf, a) * math.copysign(1.0, b)
 
 
+def modulo(a: float, b: float) -> float:
+    """Python's remainder: it has the sign of b."""
+    return a % b if b != 0.0 else math.nan
+
+
 def square_root(x: float) -> float:
     return math.nan if x < 0.0 else math.sqrt(x)
 
@@ -97,6 +102,7 @@ ARITHMETIC: Final[Mapping[str, Callable[..., float]]] = {
     "sub": lambda a, b: a - b,
     "mul": lambda a, b: a * b,
     "div": divide,
+    "mod": modulo,
     "minimum": smaller,
     "maximum": larger,
     "pow": power,
@@ -117,7 +123,7 @@ ARITHMETIC: Final[Mapping[str, Callable[..., float]]] = {
 
 def fault(operation: str, arguments: Sequence[float], value: float) -> str | None:
     """What is wrong with a uniform ``value``: NaN made of numbers, or an infinity of finite ones; None if nothing."""
-    if operation == "div" and arguments[1] == 0.0:
+    if operation in ("div", "mod") and arguments[1] == 0.0:
         return "a division by zero"
     if math.isfinite(value) or operation in ("where", "choose"):
         return None

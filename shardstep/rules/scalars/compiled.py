@@ -32,6 +32,7 @@ _TEMPLATES: Final[Mapping[str, str]] = {
     "sub": "{} - {}",
     "mul": "{} * {}",
     "div": "{} / {}",
+    "mod": "{} % {}",
     "pow": "pow({}, {})",
     "minimum": "smaller({}, {})",
     "maximum": "larger({}, {})",
@@ -48,7 +49,7 @@ _TEMPLATES: Final[Mapping[str, str]] = {
     "where": "{1} if {0} else {2}",
     "choose": "{1} if {0} else {2}",
 }
-_SILENT: Final = frozenset({"add", "sub", "mul", "div", "fma", "bfloat16"})  # may overflow without an exception
+_SILENT: Final = frozenset({"add", "sub", "mul", "div", "mod", "fma", "bfloat16"})  # may overflow without an exception
 _KNOWN: Final = frozenset({"numel", "rows", "columns", "sum", "max"})
 _EXPECTED: Final = (ArithmeticError, ValueError, TypeError, LookupError, RuntimeError)
 _NAMESPACE: Final[Mapping[str, object]] = {

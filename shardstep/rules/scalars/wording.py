@@ -19,6 +19,7 @@ _INFIX: Final[dict[str, tuple[str, int]]] = {
     "sub": ("-", 5),
     "mul": ("*", 6),
     "div": ("/", 6),
+    "mod": ("%", 6),
     "pow": ("**", 8),
 }
 _PREFIX: Final[dict[str, tuple[str, int]]] = {"not": ("not ", 3), "neg": ("-", 7)}
