@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from shardstep.errors import ConfigError
@@ -114,8 +115,8 @@ class Muon(Optimizer):
     def hypers_of(self, group: Mapping[str, Any]) -> Mapping[str, Any]:
         return {**group, "adjust_lr_fn": group["adjust_lr_fn"] == "match_rms_adamw"}
 
-    def check_shape(self, shape: tuple[int, ...], where: str) -> None:
-        check_matrix(shape, where, "Muon")
+    def check_parameter(self, param: Tensor, where: str) -> None:
+        check_matrix(param, where, "Muon")
 
     def check_group(self, group: Mapping[str, Any], where: str) -> None:
         for name in ("lr", "weight_decay", "momentum", "eps"):

@@ -112,8 +112,8 @@ class Optimizer(torch.optim.Optimizer):
     def check_group(self, group: Mapping[str, Any], where: str) -> None:
         """Raise ConfigError if a hyper-parameter of ``group`` is out of range; ``where`` names the group."""
 
-    def check_shape(self, shape: tuple[int, ...], where: str) -> None:
-        """Raise ConfigError if there is no rule for parameters of this shape; ``where`` names the parameter."""
+    def check_parameter(self, param: Tensor, where: str) -> None:
+        """Raise ConfigError if the rule is not for parameters such as ``param``; ``where`` names it."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; also checks ranges, dtypes, and that no parameter is given twice.
@@ -140,7 +140,7 @@ class Optimizer(torch.optim.Optimizer):
     def _check_params(self, given: list[Any], where: str) -> None:
         params = [entry[1] if isinstance(entry, tuple) else entry for entry in given]
         for position, param in enumerate(params):
-            self.check_shape(tuple(param.shape), f"position {position} of {where}")
+            self.check_parameter(param, f"position {position} of {where}")
         if any(param.is_complex() for param in params) and compile_rule(self.rule).locality in ("factored", "matrix"):
             raise UnsupportedError(
                 f"expected real parameters for {self.rule.name!r}, whose rule looks at rows or whole matrices, got "

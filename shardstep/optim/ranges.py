@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from shardstep.errors import ConfigError
 from shardstep.optim.groups import number
 
@@ -31,12 +33,12 @@ def check_tuple(group: Mapping[str, Any], where: str, name: str, count: int = 2)
     return tuple(number(value, f"{name}[{index}]", where) for index, value in enumerate(given))
 
 
-def check_matrix(shape: tuple[int, ...], where: str, kind: str) -> None:
-    """Raise ConfigError unless it is the shape of a matrix; ``kind``: the optimizer that asks."""
-    if len(shape) != 2:
+def check_matrix(param: Tensor, where: str, kind: str) -> None:
+    """Raise ConfigError unless it is a matrix; ``kind``: the optimizer that asks."""
+    if param.ndim != 2:
         raise ConfigError(
-            f"expected parameters of two dimensions for {kind}, got one of shape {shape} at {where}; give it to AdamW, "
-            f"and both to Combined({kind}(...), AdamW(...))"
+            f"expected parameters of two dimensions for {kind}, got one of shape {tuple(param.shape)} at {where}; give "
+            f"it to AdamW, and both to Combined({kind}(...), AdamW(...))"
         )
 
 

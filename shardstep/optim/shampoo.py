@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from shardstep.optim.groups import number
@@ -134,8 +135,8 @@ class Shampoo(Optimizer):
         given = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eps": eps, "update_freq": update_freq}
         super().__init__(params, **given)
 
-    def check_shape(self, shape: tuple[int, ...], where: str) -> None:
-        check_matrix(shape, where, "Shampoo")
+    def check_parameter(self, param: Tensor, where: str) -> None:
+        check_matrix(param, where, "Shampoo")
 
     def check_group(self, group: Mapping[str, Any], where: str) -> None:
         check_at_least_zero(group, where, "lr", "weight_decay")

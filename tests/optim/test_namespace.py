@@ -59,3 +59,7 @@ def test_maximize_turns_a_step_around_once(rule):
         param.grad = torch.ones(2)
     optimizer.step()
     assert [param.tolist() for param in params] == [[1.5, 1.5], [0.5, 0.5]]
+
+
+def test_parameters_may_get_their_shapes_later():
+    assert ss.optim.AdamW(nn.LazyLinear(3).parameters()).param_groups
