@@ -212,6 +212,9 @@ class _Elsewhere:
     def batches(self, *, per_tensor: bool, whole: Set[int]) -> Iterator[Any]:
         raise self._refusal("step()")
 
+    def between_steps(self, call: str) -> Iterator[list[tuple[nn.Parameter, Segment]]]:
+        raise self._refusal(call)
+
     def include(self, parameters: Sequence[nn.Parameter]) -> None:
         raise self._refusal("add_param_group()")
 

@@ -24,6 +24,8 @@ class Act(IntEnum):
     UNSCALE = 5
     SWAP = 6
     STATISTICS = 7
+    TRAIN = 8
+    EVALUATE = 9
 
 
 _SENTENCES = {
@@ -35,6 +37,8 @@ _SENTENCES = {
     Act.ADD_PARAMETERS: "adds parameters to the optimizer",
     Act.SWAP: "enters or leaves 'with average.applied():'",
     Act.STATISTICS: "runs another micro-batch of average.update_bn()",
+    Act.TRAIN: "calls optimizer.train()",
+    Act.EVALUATE: "calls optimizer.eval()",
 }
 
 
