@@ -170,7 +170,7 @@ class Optimizer(torch.optim.Optimizer):
     def _batches(self, compiled: CompiledRule) -> Iterator[Batch]:
         if self._source is not None:
             whole = {0} if compiled.locality == "matrix" else set()
-            return self._source.batches(per_tensor=compiled.is_by_tensor, whole=whole)
+            return self._source.batches(per_tensor=compiled.is_by_tensor_with(self.hypers), whole=whole)
         signs = [self.grad_sign(index) for index in range(len(self.param_groups))]
         return batches_alone(self.param_groups, signs, self.state, self.states_in, self.rule.tensor_states)
 

@@ -32,6 +32,7 @@ from shardstep.rules.binding import (
     scale_name,
     stored_arrays,
 )
+from shardstep.rules.flags import compile_plainness
 from shardstep.rules.host import HostPlan, HostValues, write_states
 from shardstep.rules.ir import Phase, Phases, Program, State
 from shardstep.rules.language import Rule
@@ -146,9 +147,8 @@ class CompiledRule:
         self.locality, self.reason = locality(self.program)
         self.is_plain = not is_by_tensor(self.program)
         """Whether every element is updated by itself, whatever tensor it is in."""
-        scaled = any(len(stored_arrays(state)) > 1 for state in self.program.states)
-        self.is_by_tensor = scaled or not self.is_plain
-        """Whether each segment must be a part of one tensor."""
+        self._is_plain_with = compile_plainness(self.program)
+        self._scaled = any(len(stored_arrays(state)) > 1 for state in self.program.states)
         given = {hyper.name for hyper in self.program.hypers}
         self._matrices = MatrixUpdate(self._program_for, _back_end) if runs_in_steps(self.program) else None
         self.is_shardable = self.locality != "matrix" or self._matrices is not None
@@ -159,6 +159,14 @@ class CompiledRule:
         self._phases: dict[_Form, Phases] = {}
         self._variants: dict[tuple[Any, ...], _Variant] = {}
         self._checks: dict[tuple[bool, ...], Scalars] = {}
+
+    def is_plain_with(self, groups: Iterable[Hypers]) -> bool:
+        """Whether every element is updated by itself with the flags of all these groups."""
+        return all(map(self._is_plain_with, groups))
+
+    def is_by_tensor_with(self, groups: Iterable[Hypers]) -> bool:
+        """Whether each segment must be a part of one tensor, with these flags."""
+        return self._scaled or not self.is_plain_with(groups)
 
     def states(self, hypers: Hypers, ndim: int) -> tuple[State, ...]:
         """The states that a param has with these flags, in order; the others are neither read nor written."""
@@ -180,7 +188,7 @@ class CompiledRule:
             for segment in batch.segments:
                 self._update_whole(segment, groups[segment.group])
             return
-        if self.is_plain:
+        if self.is_plain or self.is_plain_with([groups[index] for index in {update.group for update in batch.updated}]):
             self._update_elements(batch.segments, groups)
             return
         jobs = self._jobs(batch.segments, groups)
