@@ -91,6 +91,10 @@ class Pending:
             raise self._group.failure(self._label, error) from error
         self._group.traffic.wait_s += time.perf_counter() - begin
 
+    def forget(self) -> None:
+        """Let go of it, arrived or not."""
+        self._works = ()
+
 
 class Group:
     """The ranks that share one model.
@@ -111,6 +115,7 @@ class Group:
             self._ranks = dist.get_process_group_ranks(self._data)
             self._batched = dist.get_backend(self._data) != "gloo"
             self._control = _control_of(self._data, self._ranks)
+            self._lent: weakref.WeakSet[Pending] = weakref.WeakSet()
             _GROUPS.add(self)
 
     def close(self) -> None:
@@ -119,6 +124,8 @@ class Group:
         While anybody refers to one, gloo's threads go on past destroy_process_group() and into the interpreter's
         last moments, where they abort the process.
         """
+        for pending in list(self._lent):
+            pending.forget()
         del self._data, self._control
         _GROUPS.discard(self)
 
@@ -133,6 +140,41 @@ class Group:
         if self.size == 1:
             return Pending((), label, self)
         return self._messages([shard] * self.size, chunks, tag, label)
+
+    @property
+    def lends(self) -> bool:
+        """Whether a message may be posted long before its other half."""
+        return self.size > 1 and not self._batched
+
+    def lend(self, shard: Tensor, peer: int, *, tag: int, label: str) -> Pending:
+        """Post ``shard`` for ``peer``, who takes it when it likes: its values of that time. Done when it has them."""
+        try:
+            pending = Pending([dist.isend(shard, self._ranks[peer], group=self._data, tag=tag)], label, self)
+        except RuntimeError as error:
+            raise self.failure(label, error) from error
+        self._lent.add(pending)
+        return pending
+
+    def take(self, flat: Tensor, shard: Tensor, *, tag: int, label: str) -> Pending:
+        """As ``all_gather``, but every peer has lent its shard."""
+        chunks = flat.chunk(self.size)
+        chunks[self.rank].copy_(shard)
+        try:
+            peers = [rank for rank in range(self.size) if rank != self.rank]
+            works = [dist.irecv(chunks[peer], self._ranks[peer], group=self._data, tag=tag) for peer in peers]
+        except RuntimeError as error:
+            raise self.failure(label, error) from error
+        return Pending(works, label, self)
+
+    def count_loan(self, sent_bytes: int) -> None:
+        """Note that what was lent has been taken."""
+        self._count(sent_bytes)
+
+    def reserve_tags(self, count: int) -> int:
+        """The first of ``count`` tags that no other model on these ranks has; all ranks ask in the same order."""
+        first = _TAGS.get(id(self._data), _FIRST_TAG)
+        _TAGS[id(self._data)] = first + count
+        return first
 
     def exchange(self, flat: Tensor, received: Sequence[Tensor | None], *, tag: int, label: str) -> Pending:
         """Send run r of ``flat`` to rank r, and receive every peer's run for this rank into ``received[peer]``.
@@ -237,6 +279,12 @@ class Group:
 _GROUPS: weakref.WeakSet[Group] = weakref.WeakSet()
 
 
+_FIRST_TAG = 1 << 20
+"""Of those that are reserved; models count theirs for other messages from 0."""
+
+_TAGS: dict[int, int] = {}
+"""The next free tag, by the id of a group."""
+
 _CONTROLS: dict[int, tuple[ProcessGroup, ProcessGroup]] = {}
 """By the id of a group: the group, and the channel for control messages of all models that are sharded over it."""
 
@@ -255,6 +303,7 @@ def _control_of(data: ProcessGroup, ranks: list[int]) -> ProcessGroup:
 @atexit.register
 def _close_groups() -> None:
     _CONTROLS.clear()
+    _TAGS.clear()
     for group in list(_GROUPS):
         group.close()
 

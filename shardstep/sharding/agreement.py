@@ -11,6 +11,7 @@ from enum import IntEnum
 
 from shardstep.collectives import Announcement, Group
 from shardstep.errors import RankMismatchError
+from shardstep.sharding.loans import Loan
 
 
 class Act(IntEnum):
@@ -24,8 +25,9 @@ class Act(IntEnum):
     UNSCALE = 5
     SWAP = 6
     STATISTICS = 7
-    TRAIN = 8
-    EVALUATE = 9
+    KEEP_WRITES = 8
+    TRAIN = 9
+    EVALUATE = 10
 
 
 _SENTENCES = {
@@ -36,6 +38,7 @@ _SENTENCES = {
     Act.UNSCALE: "unscales gradients",
     Act.ADD_PARAMETERS: "adds parameters to the optimizer",
     Act.SWAP: "enters or leaves 'with average.applied():'",
+    Act.KEEP_WRITES: "leaves whole parameters again",
     Act.STATISTICS: "runs another micro-batch of average.update_bn()",
     Act.TRAIN: "calls optimizer.train()",
     Act.EVALUATE: "calls optimizer.eval()",
@@ -47,18 +50,21 @@ _BITS = 62
 
 
 class Agreement:
-    """The announcements that this rank has sent and not yet compared; each may carry ``flags`` flags."""
+    """The announcements that this rank has sent and not yet compared; each may carry ``flags`` flags, and tells which
+    of ``loans`` were taken.
+    """
 
-    def __init__(self, group: Group, flags: int) -> None:
-        self._group, self.flags = group, flags
+    def __init__(self, group: Group, flags: int, loans: Sequence[Loan] = ()) -> None:
+        self._group, self.flags, self._loans = group, flags, loans
         self._sent: list[Announcement] = []
 
     def announce(self, act: Act, step: int, leaves: int, flags: Sequence[bool] = ()) -> None:
         """Tell the other ranks; ``leaves`` counts this rank's finished backward passes of the step."""
         if self._group.size > 1:
             label = f"agreement to {act.name.lower().replace('_', ' ')} at step {step}"
+            taken = _packed([loan.report() for loan in self._loans])
             words = _packed([*flags, *[False] * (self.flags - len(flags))])
-            self._sent.append(self._group.announce([act, step, leaves, *words], label=label))
+            self._sent.append(self._group.announce([act, step, leaves, *taken, *words], label=label))
 
     def confirm(self) -> list[bool] | None:
         """Compare all that was announced; return the flags that any rank has set in the last announcement.
@@ -71,8 +77,17 @@ class Agreement:
             if any(row[:3] != rows[0][:3] for row in rows):
                 self._sent.clear()
                 raise RankMismatchError(_mismatch(rows))
-            flags = [any(column) for column in zip(*(_unpacked(row[3:], self.flags) for row in rows), strict=True)]
+            told = 3 + len(_packed([False] * len(self._loans)))
+            for rank, row in enumerate(rows):
+                self._renew(rank, row[3:told])
+            flags = [any(column) for column in zip(*(_unpacked(row[told:], self.flags) for row in rows), strict=True)]
         return flags
+
+    def _renew(self, rank: int, words: Sequence[int]) -> None:
+        """Lend again what ``rank`` has taken."""
+        for loan, taken in zip(self._loans, _unpacked(words, len(self._loans)), strict=True):
+            if taken and rank != self._group.rank:
+                loan.renew(rank)
 
 
 def _packed(flags: Sequence[bool]) -> list[int]:

@@ -75,9 +75,12 @@ class ShardedAverages:
             in_step = False
             raise
         finally:
-            self._swap()
+            try:
+                if in_step:
+                    self._whole.announce(Act.SWAP)  # first: peers may still be reading the averages
+            finally:
+                self._swap()
             if in_step:
-                self._whole.announce(Act.SWAP)
                 self._publish("leaving average.applied()")
 
     def announce_micro_batch(self) -> None:

@@ -140,11 +140,11 @@ class Hooks:
         if not _communicates(unit) and not any(map(_communicates, ahead)):
             return
         phase = f"{direction} of step {self._gradients.step}"
-        unit.start_gather(phase)
-        for other in ahead:
-            other.start_gather(phase)
         try:
-            self._agreement.confirm()
+            self._agreement.confirm()  # first: what peers lend may be what they are updating until they come here too
+            unit.start_gather(phase)
+            for other in ahead:
+                other.start_gather(phase, ahead=True)
             unit.finish_gather()
         except CollectiveError:
             self._lost = True  # what is on its way may never arrive: nothing must wait for it on the way out

@@ -25,6 +25,7 @@ from shardstep.sharding.clip import clip_coefficient
 from shardstep.sharding.formula import Formula, SpaceSize
 from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.hooks import Hooks
+from shardstep.sharding.loans import Loan
 from shardstep.sharding.memory import Bytes, Ledger
 from shardstep.sharding.modules import check_built, named_modules, seeds
 from shardstep.sharding.nonfinite import NonFiniteTrace
@@ -174,7 +175,7 @@ def shard(
     for space in trained:
         space.make_state(_states(space, optimizer))
     flags = sum(len(space.parameters) for space in trained) + len(buffers.owners)
-    agreement = Agreement(ranks, flags)
+    agreement = Agreement(ranks, flags, _lend(built, ranks))
     gradients = Gradients(trained, ranks, ledger, schedule_, agreement)
     trace = NonFiniteTrace(optimizer, ranks) if trace_nonfinite else None
     clip = optimizer.clip if clip_norm is None else partial(clip_coefficient, clip_norm=clip_norm)
@@ -216,6 +217,13 @@ def _build(plans: list[UnitPlan], group: Group, ledger: Ledger) -> list[Unit]:
             tag += 1
         units.append(Unit(plan.name, plan.module, plan.stage, spaces))
     return units
+
+
+def _lend(units: list[Unit], group: Group) -> list[Loan]:
+    """The loans of every space whose parameters are sharded, where the ranks' connection allows it."""
+    spaces = [space for unit in units for space in unit.spaces if space.stage.shard_params] if group.lends else []
+    first = group.reserve_tags(len(spaces)) if spaces else 0
+    return [space.lend(first + number) for number, space in enumerate(spaces)]
 
 
 def _check_arguments(

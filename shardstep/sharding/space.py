@@ -26,6 +26,7 @@ from shardstep.optim.states import begin
 from shardstep.rules.binding import scales_among, stored_arrays
 from shardstep.rules.ir import State
 from shardstep.sharding.freed import FreedParameter
+from shardstep.sharding.loans import Loan
 from shardstep.sharding.memory import Ledger
 from shardstep.sharding.reduce import Tree
 from shardstep.sharding.stand_in import StandIn
@@ -67,6 +68,8 @@ class Space:
         """Whether the parameters have changed places with an average."""
         self._group, self._ledger = group, ledger
         self._classes = [type(parameter) for parameter in parameters]
+        self.loan: Loan | None = None
+        """Where a shard of the parameters is lent to the peers."""
         self._gathering: Pending | None = None
         self._leaf: Tensor | None = None
         self._kept_leaf: Tensor | None = None
@@ -111,6 +114,12 @@ class Space:
         if not self.stage.shard_grads:
             self._kept_leaf = take("gradients", self.padded_numel, precision.reduce).zero_()
 
+    def lend(self, tag: int) -> Loan:
+        """Let the peers take this rank's shard from now on."""
+        self.loan = Loan(self.shard, self.where, tag, self._group)
+        self.loan.lend()
+        return self.loan
+
     @property
     def where(self) -> str:
         """How messages name this space."""
@@ -127,14 +136,19 @@ class Space:
 
     # - parameters: gathered and freed
 
-    def start_gather(self, phase: str) -> None:
-        """Begin to make the parameters whole; no-op when they are, or are already on their way."""
-        if self.is_whole or self._gathering is not None:
+    def start_gather(self, phase: str, *, ahead: bool = False) -> None:
+        """Begin to make the parameters whole; no-op when they are, or are already on their way.
+
+        ``ahead``: they may not be needed; then nothing begins that peers would have to join.
+        """
+        if self.is_whole or self._gathering is not None or (ahead and self.loan is not None and self.loan.used):
             return
         self.flat.untyped_storage().resize_(self._flat_bytes)
         self._ledger.count("parameters", self._flat_bytes)
         label = f"gather of {self.where} for {phase}"
-        self._gathering = self._group.all_gather(self.flat, self.shard, tag=2 * self.tag, label=label)
+        self._gathering = None if self.loan is None else self.loan.take(self.flat, label)
+        if self._gathering is None:
+            self._gathering = self._group.all_gather(self.flat, self.shard, tag=2 * self.tag, label=label)
 
     def finish_gather(self) -> None:
         """Wait until the parameters are whole."""
@@ -142,6 +156,8 @@ class Space:
             return
         self._gathering.wait()
         self._gathering = None
+        if self.loan is not None:
+            self.loan.arrived()
         self.is_whole = True
         for parameter, whole_class in zip(self.parameters, self._classes, strict=True):
             parameter.__class__ = whole_class

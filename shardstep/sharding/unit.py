@@ -12,9 +12,9 @@ class Unit:
     def __init__(self, name: str, module: nn.Module, stage: Stage, spaces: list[Space]) -> None:
         self.name, self.module, self.stage, self.spaces = name, module, stage, spaces
 
-    def start_gather(self, phase: str) -> None:
+    def start_gather(self, phase: str, *, ahead: bool = False) -> None:
         for space in self.spaces:
-            space.start_gather(phase)
+            space.start_gather(phase, ahead=ahead)
 
     def finish_gather(self) -> None:
         for space in self.spaces:

@@ -55,7 +55,8 @@ class Whole:
             unit.hold(1)
 
     def release(self, units: list[Unit]) -> None:
-        """Keep what was written and let ``units`` be freed again."""
+        """Keep what was written and let ``units`` be freed again; no rank writes before all have read."""
+        self.announce(Act.KEEP_WRITES)
         for unit in units:
             unit.hold(-1)
             for space in unit.spaces:

@@ -1,0 +1,60 @@
+"""Shards that peers may take whenever they gather, without this rank's doing anything at that time.
+
+Each rank lends every peer its shard of each space whose parameters are sharded: a message is posted before anybody asks
+for it, and travels when the peer posts the other half. So a rank that uses other units than its peers, or none at a
+time when they do, neither waits for them nor makes them wait. What has been taken is told with the next announcement
+(see `agreement`), and lent again.
+
+A loan is of the memory, not of the values at the time. Whoever writes into shards has announced it, and confirmed that
+all ranks are there, so that nobody is still reading old values; and whoever takes has confirmed an announcement that
+its peers send only when they are done with writing. gloo reads memory when a message travels, and needs no call of the
+sender's; where messages must be posted on both sides at once (NCCL), nothing is lent, and all ranks gather the same
+units in the same order.
+"""
+
+from torch import Tensor
+
+from shardstep.collectives import Group, Pending
+
+
+class Loan:
+    """One shard, lent to every peer; and the right to take each peer's once between two announcements."""
+
+    def __init__(self, shard: Tensor, where: str, tag: int, group: Group) -> None:
+        self._shard, self._where, self._tag, self._group = shard, where, tag, group
+        self._lent: dict[int, Pending] = {}
+        self.used = self._taken = False
+        """``used``: whether the peers' loans were taken since the last announcement."""
+
+    def lend(self) -> None:
+        """To every peer, for the first time."""
+        for peer in range(self._group.size):
+            if peer != self._group.rank:
+                self._lend(peer)
+
+    def take(self, flat: Tensor, label: str) -> Pending | None:
+        """Begin to fill ``flat`` with every rank's shard; None if it was taken since the last announcement."""
+        if not self._lent or self.used:
+            return None
+        self.used = True
+        return self._group.take(flat, self._shard, tag=self._tag, label=label)
+
+    def arrived(self) -> None:
+        """What was taken is here."""
+        self._taken = self.used
+
+    def report(self) -> bool:
+        """Whether it was taken since the last report; the announcement that says so allows to take it again."""
+        taken, self._taken = self._taken, False
+        self.used = self.used and not taken
+        return taken
+
+    def renew(self, peer: int) -> None:
+        """Lend again to a peer that has taken its loan."""
+        self._lent.pop(peer).wait()
+        self._group.count_loan(self._shard.nbytes)
+        self._lend(peer)
+
+    def _lend(self, peer: int) -> None:
+        label = f"loan of the shard of {self._where}"
+        self._lent[peer] = self._group.lend(self._shard, peer, tag=self._tag, label=label)

@@ -1,0 +1,150 @@
+"""Ranks that use other units, or other parameters of one, than their peers at that time: no wait, the same bits."""
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import shardstep as ss
+from shardstep.collectives import Group
+from shardstep.sharding.loans import Loan
+from tests.sharding.models import BF16
+
+LEAVES, STEPS, WIDTH = 4, 3, 9
+PATHS = [((0, 1, 2, 3), 0), ((3, 1), 3), ((2,), 1), ((1, 0, 3), 2)]
+"""For each leaf: the blocks in the order of their use, and the one whose second matrix is left out."""
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.sometimes = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, whole: bool) -> Tensor:
+        y = x + torch.tanh(self.always(x))
+        return y + self.sometimes(y) if whole else y
+
+
+class Paths(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
+        self.head = nn.Linear(WIDTH, 1)
+
+    def forward(self, x: Tensor, path: tuple[int, ...], left_out: int) -> Tensor:
+        for index in path:
+            x = self.blocks[index](x, index != left_out)
+        return self.head(x).square().mean()
+
+
+def batch(step: int, leaf: int) -> Tensor:
+    return torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(LEAVES * step + leaf))
+
+
+def digest_of_run(options: dict[str, Any]) -> str:
+    torch.manual_seed(5)
+    model = Paths()
+    optimizer = ss.optim.AdamW(model.parameters(), lr=0.01)
+    sharded = ss.shard(model, optimizer, **options)
+    for step in range(STEPS):
+        for leaf in range(sharded.rank, LEAVES, sharded.world_size):
+            with torch.no_grad():
+                model(batch(step, leaf), *PATHS[-1 - leaf])
+            model(batch(step, leaf), *PATHS[leaf]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with ss.gathered(model), torch.no_grad():
+            model.head.bias.mul_(0.5)
+    assert sharded.traffic.sent_bytes > 0 or sharded.world_size == 1
+    return ss.digest(model, optimizer)
+
+
+def digests_of_runs(all_options: list[dict[str, Any]]) -> list[str]:
+    return [digest_of_run(options) for options in all_options]
+
+
+@pytest.mark.parametrize("precision", [None, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_every_rank_its_own_units_in_its_own_order(ranks, world_size, precision):
+    common = {"precision": precision, "clip_norm": 0.5}
+    expected = digest_of_run({"stage": 0, **common})
+    runs = [{"stage": 3, "prefetch": prefetch, **common} for prefetch in (0, 1, 3)]
+    runs.append({"stage": {"blocks.0": 2, "*": 3}, **common})
+    for digests in ranks(world_size).run(digests_of_runs, runs):
+        assert digests == [expected] * len(runs)
+
+
+def one_rank_goes_twice() -> str:
+    """Between two announcements a loan is taken once; a second time all ranks have to gather together."""
+    torch.manual_seed(5)
+    model = Paths()
+    optimizer = ss.optim.AdamW(model.parameters(), lr=0.01)
+    ss.shard(model, optimizer, stage=3, prefetch=0)
+    model(batch(0, 0), (0, 1, 0, 1), 2).backward()
+    optimizer.step()
+    return ss.digest(model, optimizer)
+
+
+def test_a_module_that_is_used_twice(ranks):
+    (expected,) = ranks(1).run(one_rank_goes_twice)
+    assert ranks(2).run(one_rank_goes_twice) == [expected] * 2
+
+
+def loans_of_the_moment() -> tuple[float, float, bool]:
+    """What is taken are the values when it is taken, and a rank may take while the other does nothing."""
+    group = Group()
+    shard, first = torch.full((5,), float(group.rank)), group.reserve_tags(1)
+    loan = group.lend(shard, 1 - group.rank, tag=first, label="loan")
+    shard += 10
+    group.exchange_json("both have written", label="meeting")
+    flat = torch.empty(10)
+    if group.rank == 0:
+        group.take(flat, shard, tag=first, label="taking").wait()
+    group.exchange_json("rank 0 has read", label="meeting")
+    if group.rank == 1:
+        loan.wait()
+        group.take(flat, shard, tag=first, label="taking").wait()
+    else:
+        loan.wait()
+    return float(flat[0]), float(flat[-1]), group.reserve_tags(1) == first + 1
+
+
+def test_what_is_taken_are_the_values_of_that_time(ranks):
+    assert ranks(2).run(loans_of_the_moment) == [(10.0, 11.0, True)] * 2
+
+
+def slow_reader(slow_rank: int | None) -> tuple[str, list[float]]:
+    """Whoever writes into shards must wait for this rank, which always takes them late; and it for slow writers."""
+    torch.manual_seed(5)
+    model = Paths()
+    optimizer = ss.optim.AdamW(model.parameters(), lr=0.01)
+    sharded = ss.shard(model, optimizer, stage=3, prefetch=1)
+    average = ss.Average(model, decay=0.5)
+    patched, seen = pytest.MonkeyPatch(), list[float]()
+    if sharded.rank == slow_rank:
+        take = Loan.take
+        patched.setattr(Loan, "take", lambda *args: time.sleep(0.02) or take(*args))
+    for step in range(2):
+        for leaf in range(sharded.rank, LEAVES, sharded.world_size):
+            model(batch(step, leaf), *PATHS[leaf]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update()
+        with ss.gathered(model), torch.no_grad():
+            seen.append(float(sum(parameter.double().sum() for parameter in model.parameters())))
+            for parameter in model.parameters():
+                parameter.mul_(0.5)
+    with average.applied(), torch.no_grad():
+        seen.append(float(model(batch(0, 0), *PATHS[0])))
+    with torch.no_grad():
+        seen.append(float(model(batch(0, 0), *PATHS[0])))
+    patched.undo()
+    return ss.digest(model, optimizer), seen
+
+
+@pytest.mark.parametrize("slow_rank", [0, 1])
+def test_nobody_writes_while_a_slow_rank_is_reading(ranks, slow_rank):
+    (expected,) = ranks(1).run(slow_reader, None)
+    assert ranks(2).run(slow_reader, slow_rank) == [expected] * 2
