@@ -182,7 +182,7 @@ class Optimizer(torch.optim.Optimizer):
         """Which line of the rule makes the first infinity or NaN when element ``index`` of ``segment`` is updated; None
         if none does.
         """
-        if not compile_rule(self.rule).is_plain:
+        if not compile_rule(self.rule).is_plain_with([self.hypers_of(self.param_groups[segment.group])]):
             return "which line made it is known for elementwise rules only"
         compute = compute_dtype(segment.param)
         grad = segment.grad[index].to(compute) * segment.grad_scale

@@ -183,7 +183,7 @@ class AdamWScheduleFree(Optimizer):
     def eval(self) -> None:
         """Make the parameters the average of the iterates, x. Nothing happens where they are so already.
 
-        Sharded, every rank must call it. Raises SequenceError inside ``gathered`` and ``average.applied()``.
+        Sharded, every rank must call it, and inside ``gathered`` or ``average.applied()`` it raises SequenceError.
         """
         kept = self._kept = self._kept or {}
         for held in self._held("eval()"):
@@ -196,7 +196,7 @@ class AdamWScheduleFree(Optimizer):
     def train(self) -> None:
         """Make the parameters y again: the bits that ``eval`` found, but for elements written since then.
 
-        Sharded, every rank must call it. Raises SequenceError inside ``gathered`` and ``average.applied()``.
+        Sharded, every rank must call it, and inside ``gathered`` or ``average.applied()`` it raises SequenceError.
         """
         kept = self._kept or {}
         for held in self._held("train()"):
