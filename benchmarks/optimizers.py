@@ -1,9 +1,10 @@
 """``python -m benchmarks.optimizers``: one step of every optimizer, and of torch's where torch has it.
 
 Against torch's fused kernels where there are such on the CPU, else its foreach, else its for-loop: 25 M parameters in
-200 tensors, large and small. Both step in turns, in an order that is shuffled anew each round; ratios are taken within
+200 matrices, large and small. Both step in turns, in an order that is shuffled anew each round; ratios are taken within
 one. What is measured is the CPU time of the whole ``optimizer.step()``, which a busy machine disturbs least. Bytes are
-those that a step reads and writes.
+those that a step reads and writes; of rules with matrix products, which compute most of the time, they say little.
+torch.compile of torch's steps, and what starting costs, are measured by `compiled_optimizers`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ OPTIONS: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9}, "RMSprop": {"mom
 
 Step = Callable[[], Any]
 
+Shape = tuple[int, int]
+
 
 @dataclass(frozen=True)
 class Result:
@@ -47,23 +50,30 @@ class Result:
         return Spread.of(t / o for o, t in zip(self.ours_s, self.theirs_s, strict=True)) if self.peer else None
 
 
-def measured(kind: type[optim.Optimizer], sizes: list[int], rounds: int) -> Result:
+def measured(kind: type[optim.Optimizer], shapes: list[Shape], rounds: int) -> Result:
     """Both on buffers of their own; the first two rounds compile and make the states, and do not count."""
     options = OPTIONS.get(kind.__name__, {})
     theirs, peer = peer_of(kind)
-    own = kind(parameters(sizes), **options)
+    own = kind(parameters(shapes), **options)
     steps: dict[str, Step] = {"ours": own.step}
     if theirs is not None:
-        steps["theirs"] = theirs(parameters(sizes), **options, **({peer: True} if peer != "for-loop" else {})).step
+        steps["theirs"] = theirs(parameters(shapes), **options, **({peer: True} if peer != "for-loop" else {})).step
+    seconds = in_turns(steps, rounds, uncounted=2)
+    state_bytes = sum(values.nbytes for state in own.state.values() for values in state.values())
+    step_bytes = 3 * 4 * sum(rows * columns for rows, columns in shapes) + 2 * state_bytes
+    return Result(kind.__name__, peer, step_bytes, seconds["ours"], seconds.get("theirs", []))
+
+
+def in_turns(steps: dict[str, Step], rounds: int, uncounted: int) -> dict[str, list[float]]:
+    """CPU seconds of each, all of them once a round."""
     chance, seconds = random.Random(0), {name: list[float]() for name in steps}
-    for turn in range(rounds + 2):
+    for turn in range(rounds + uncounted):
         for name in chance.sample(list(steps), len(steps)):
             begin = time.process_time()
             steps[name]()
-            if turn > 1:
+            if turn >= uncounted:
                 seconds[name].append(time.process_time() - begin)
-    step_bytes = 4 * sum(sizes) * (3 + 2 * len(own.state_names))
-    return Result(kind.__name__, peer, step_bytes, seconds["ours"], seconds.get("theirs", []))
+    return seconds
 
 
 def peer_of(kind: type[optim.Optimizer]) -> tuple[Callable[..., torch.optim.Optimizer] | None, str | None]:
@@ -75,20 +85,25 @@ def peer_of(kind: type[optim.Optimizer]) -> tuple[Callable[..., torch.optim.Opti
     return theirs, next((way for way in ("fused", "foreach") if way in known), "for-loop")
 
 
-def parameters(sizes: list[int]) -> list[torch.nn.Parameter]:
+def matrices(small: bool) -> list[Shape]:
+    """25 M elements, or 1 M if ``small``."""
+    return [(99, 100)] * 100 + [(10, 10)] * 100 if small else [(495, 500)] * 100 + [(50, 50)] * 100
+
+
+def parameters(shapes: list[Shape]) -> list[torch.nn.Parameter]:
     """Random ones, with gradients."""
     generator = torch.Generator().manual_seed(0)
-    made = [torch.nn.Parameter(torch.randn(size, generator=generator)) for size in sizes]
+    made = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
     for param in made:
         param.grad = torch.randn(param.shape, generator=generator)
     return made
 
 
 def kinds(only: list[str]) -> Iterator[type[optim.Optimizer]]:
-    """The optimizers that run in kernels; the reference back end is not meant to be fast."""
+    """The optimizers that run in kernels, which those are that shard; the reference is not meant to be fast."""
     for name in only or optim.__all__:
         kind = getattr(optim, name)
-        if hasattr(kind, "rule") and compile_rule(kind.rule).locality != "matrix":
+        if hasattr(kind, "rule") and compile_rule(kind.rule).is_shardable:
             yield kind
 
 
@@ -96,7 +111,7 @@ def report(results: list[Result], numel: int, threads: int) -> str:
     """A page for people."""
     about = machine.describe()
     lines = [
-        f"{about['cpu']}, torch {about['torch']}, {numel:,} float32 parameters in 200 tensors, {threads} thread(s), "
+        f"{about['cpu']}, torch {about['torch']}, {numel:,} float32 parameters in 200 matrices, {threads} thread(s), "
         f"{about['date']}, load {about['load']:.1f}",
         "",
         "| optimizer | CPU ms | GB/s | torch's | CPU ms | torch's time / ours: median (quartiles) |",
@@ -126,13 +141,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    numel = 1_000_000 if options.small else 25_000_000
-    sizes = [numel * 99 // 10_000] * 100 + [numel // 10_000] * 100
+    shapes = matrices(options.small)
     results = []
     for kind in kinds(options.only):
-        results.append(measured(kind, sizes, options.rounds))
+        results.append(measured(kind, shapes, options.rounds))
         gc.collect()
-    print(report(results, sum(sizes), options.threads))
+    print(report(results, sum(rows * columns for rows, columns in shapes), options.threads))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Nothing here computes, and nothing here knows where a gradient came from or who 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -164,6 +164,14 @@ class FlatSource(Protocol):
         ``per_tensor``: no segment may run over two tensors, because the rule looks at whole ones. ``whole``: of an
         optimizer with several rules, the numbers of those with matrix products (0 where there is one rule); all that
         one of them updates is in one batch, with the `Owners` of its tensors.
+        """
+
+    def between_steps(self, call: Literal["train()", "eval()"]) -> Iterator[list[tuple[nn.Parameter, Segment]]]:
+        """What is held here of every parameter that has been updated, for an optimizer that changes it without a step;
+        each list is changed before the next one is asked for, and every rank asks for all of them.
+
+        ``call``: the optimizer's method, which ranks compare. A segment is part of one tensor, has the steps taken so
+        far, and its ``grad`` means nothing. Raises SequenceError where the parameters are not to be changed now.
         """
 
     def include(self, parameters: Sequence[nn.Parameter]) -> None:

@@ -76,7 +76,9 @@ class Combined(torch.optim.Optimizer):
         compiled = [compile_rule(member.rule) for member in self._members]
         hypers = self._hypers()
         whole = {index for index, rule in enumerate(compiled) if rule.locality == "matrix"}
-        for batch in source.batches(per_tensor=any(rule.is_by_tensor for rule in compiled), whole=whole):
+        pairs = zip(compiled, self._members, strict=True)
+        per_tensor = any(rule.is_by_tensor_with(member.hypers) for rule, member in pairs)
+        for batch in source.batches(per_tensor=per_tensor, whole=whole):
             if batch.updated:
                 compiled[self._member_of(batch.updated[0].group)].update(batch, hypers)
 
@@ -211,6 +213,9 @@ class _Elsewhere:
 
     def batches(self, *, per_tensor: bool, whole: Set[int]) -> Iterator[Any]:
         raise self._refusal("step()")
+
+    def between_steps(self, call: str) -> Iterator[list[tuple[nn.Parameter, Segment]]]:
+        raise self._refusal(call)
 
     def include(self, parameters: Sequence[nn.Parameter]) -> None:
         raise self._refusal("add_param_group()")

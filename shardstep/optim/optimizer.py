@@ -176,10 +176,10 @@ class Optimizer(torch.optim.Optimizer):
     def _batches(self, compiled: CompiledRule) -> Iterator[Batch]:
         if self._source is not None:
             whole = {0} if compiled.locality == "matrix" else set()
-            return self._source.batches(per_tensor=compiled.is_by_tensor, whole=whole)
+            return self._source.batches(per_tensor=compiled.is_by_tensor_with(self.hypers), whole=whole)
         signs = [self.grad_sign(index) for index in range(len(self.param_groups))]
         step = alone.Step(self.state, self.states_in, self.rule.tensor_states)
-        return step.batches(self.param_groups, signs, compiled.is_plain)
+        return step.batches(self.param_groups, signs, compiled.is_plain_with(self.hypers))
 
     def check_update(self, updated: Iterable[Update]) -> None:
         """Raise RuleError, before anything is changed, if hyper-parameters of an update have no value in the rule."""
@@ -189,7 +189,7 @@ class Optimizer(torch.optim.Optimizer):
         """Which line of the rule makes the first infinity or NaN when element ``index`` of ``segment`` is updated; None
         if none does.
         """
-        if not compile_rule(self.rule).is_plain:
+        if not compile_rule(self.rule).is_plain_with([self.hypers_of(self.param_groups[segment.group])]):
             return "which line made it is known for elementwise rules only"
         compute = compute_dtype(segment.param)
         grad = segment.grad[index].to(compute) * segment.grad_scale

@@ -1,22 +1,24 @@
 """Schedule-free AdamW: no schedule of the learning rate, an average of the iterates in its place."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, overload
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT
 
-from shardstep.errors import ConfigError, SequenceError
+from shardstep.errors import SequenceError
 from shardstep.optim.groups import number
 from shardstep.optim.moments import average_of_squares, with_decay
 from shardstep.optim.optimizer import Optimizer
 from shardstep.optim.ranges import check_at_least_zero, check_fractions, refusal
-from shardstep.rules.binding import compute_dtype
+from shardstep.optim.states import as_real
 from shardstep.rules.compiled import compile_rule
-from shardstep.rules.functions import lerp, sqrt
-from shardstep.rules.language import Elements, rule, state, zeros
-from shardstep.types import Batch, Segment, Update
+from shardstep.rules.functions import lerp, sqrt, where
+from shardstep.rules.language import Elements, Rule, rule, state, zeros
+from shardstep.types import Batch, FlatSource, Segment
 
 
 @rule
@@ -51,8 +53,9 @@ def adamw_schedule_free(
         θ ← (1 − c) θ + c z + γ (β₁ (1 − c) − 1) u
         z ← z − γ u
 
-    The average, x = θ + (1 − 1 / β₁) (z − θ), is what the model is to be used with. Arranged as in its authors' code,
-    which keeps y and z, where the paper keeps x and z.
+    The average, x = θ + (1 − 1 / β₁) (z − θ), is what the model is to be used with: ``optimizer.eval()`` makes the
+    parameters x and ``optimizer.train()`` makes them y again, to the bit, sharded or not. Arranged as in its authors'
+    code, which keeps y and z, where the paper keeps x and z.
     """
     rate = lr * (k + 1) / warmup_steps if k < warmup_steps else lr
     share = (k + 1) ** r * lr_max**weight_lr_power / weight_sum if weight_sum > 0 else 0.0
@@ -68,12 +71,30 @@ def towards_z(param: Elements, grad: Elements, z: Elements = state("param"), *, 
     return lerp(param, z, weight), z
 
 
+@rule
+def back_from_x(
+    param: Elements,
+    grad: Elements,
+    z: Elements = state("param"),
+    y: Elements = state("param"),
+    x: Elements = state("param"),
+    *,
+    weight: float,
+) -> tuple[Elements, ...]:
+    """y again, as it was kept, where the parameter is still the x that was made of it; from what was written since
+    towards z elsewhere.
+    """
+    written = lerp(param, z, weight)
+    return where(param == x, y, where(x != x, where(param != param, y, written), written)), z, y, x
+
+
 class AdamWScheduleFree(Optimizer):
     """Schedule-free AdamW, with the arguments and the methods of its authors' implementation.
 
     Call ``eval()`` before the model is evaluated or saved and ``train()`` before training goes on: in between, the
-    parameters are the average of the iterates. ``train()`` brings back the very bits that there were: they are kept
-    while the parameters are the average, which takes the parameters' bytes once more.
+    parameters are the average of the iterates. ``train()`` brings back the very bits that there were, except in
+    elements that have been written since: they are kept while the parameters are the average, which takes the bytes of
+    the parameters (of their masters) once more. Sharded, each rank keeps what it owns, and every rank calls both.
 
     ``lr`` ≥ 0: step size, without a scheduler; ``betas``: in (0, 1) the weight of the average in the point where
     gradients are taken, in [0, 1) the decay of the second moment; ``eps`` ≥ 0: added to its root; ``weight_decay`` ≥ 0;
@@ -83,8 +104,8 @@ class AdamWScheduleFree(Optimizer):
     """
 
     rule = adamw_schedule_free
-    _kept: dict[Tensor, tuple[int, Tensor]] | None = None
-    """For each parameter that is the average now: its version then, and what it was before."""
+    _kept: dict[Tensor, Tensor] | None = None
+    """What was y of each parameter that is the average now, as far as it is held here."""
 
     def __init__(
         self,
@@ -160,49 +181,69 @@ class AdamWScheduleFree(Optimizer):
 
     @torch.no_grad()
     def eval(self) -> None:
-        """Make the parameters the average of the iterates, x. Nothing happens where they are so already."""
-        self._check_alone("eval")
+        """Make the parameters the average of the iterates, x. Nothing happens where they are so already.
+
+        Sharded, every rank must call it, and inside ``gathered`` or ``average.applied()`` it raises SequenceError.
+        """
         kept = self._kept = self._kept or {}
+        for held in self._held("eval()"):
+            kept.update({param: segment.param.clone() for param, segment in held})
+            self._run(towards_z, [segment for _, segment in held], self._to_x)
         for group in self.param_groups:
-            if group["train_mode"]:
-                for param in self._averaged(group):
-                    before = param.detach().clone()
-                    self._move(param, 1 - 1 / group["betas"][0])
-                    kept[param] = param._version, before
-                group["train_mode"] = False
+            group["train_mode"] = False
 
     @torch.no_grad()
     def train(self) -> None:
-        """Make the parameters y again: the bits that ``eval`` found, but for parameters written since then."""
-        self._check_alone("train")
+        """Make the parameters y again: the bits that ``eval`` found, but for elements written since then.
+
+        Sharded, every rank must call it, and inside ``gathered`` or ``average.applied()`` it raises SequenceError.
+        """
         kept = self._kept or {}
+        for held in self._held("train()"):
+            found = [(segment, kept[param]) for param, segment in held if param in kept]
+            again = [replace(segment, param=y.clone(), low=None) for segment, y in found]
+            self._run(towards_z, again, self._to_x)
+            pairs = zip(found, again, strict=True)
+            back = [replace(own, state={**own.state, "y": y, "x": x.param}) for (own, y), x in pairs]
+            self._run(back_from_x, back, self._to_y)
+            self._run(towards_z, [segment for param, segment in held if param not in kept], self._to_y)
+        self._kept = None
         for group in self.param_groups:
-            if not group["train_mode"]:
-                for param in self._averaged(group):
-                    version, before = kept.pop(param, (None, param))
-                    if version == param._version:
-                        param.copy_(before)
-                    else:
-                        self._move(param, 1 - group["betas"][0])
-                group["train_mode"] = True
+            group["train_mode"] = True
 
-    def _check_alone(self, method: str) -> None:
-        if self.attached:
-            raise ConfigError(
-                f"expected {method}() of an optimizer that holds its own state, got a sharded one; "
-                f"gather the state by state_dict() and evaluate on one rank"
-            )
+    def attach(self, source: FlatSource) -> None:
+        super().attach(source)
+        self._kept = None  # it was of whole tensors
 
-    def _averaged(self, group: Mapping[str, Any]) -> list[Tensor]:
-        """The parameters that have been updated."""
-        return [param for param in group["params"] if "z" in self.state[param]]
+    @property
+    def _to_x(self) -> list[float]:
+        return [1 - 1 / group["betas"][0] for group in self.param_groups]
 
-    def _move(self, param: Tensor, weight: float) -> None:
-        """Move a parameter towards its z, with the same bits as everywhere: by a kernel."""
-        values = param.detach().to(compute_dtype(param), memory_format=torch.contiguous_format, copy=True).view(-1)
-        segment = Segment(0, 1, values, values, {"z": self.state[param]["z"].view(-1)}, None, 1.0)
-        compile_rule(towards_z).update(Batch([segment], [Update(0, 1, ())], lambda sums, _: sums), [{"weight": weight}])
-        param.copy_(values.view(param.shape))
+    @property
+    def _to_y(self) -> list[float]:
+        return [1 - group["betas"][0] for group in self.param_groups]
+
+    def _held(self, call: Literal["train()", "eval()"]) -> Iterator[list[tuple[Tensor, Segment]]]:
+        """What is held here of the parameters that a call changes, to be changed before the next is asked for."""
+        source = self._held_alone() if self._source is None else self._source.between_steps(call)
+        for held in source:
+            yield [pair for pair in held if self.param_groups[pair[1].group]["train_mode"] == (call == "eval()")]
+
+    def _held_alone(self) -> Iterator[list[tuple[Tensor, Segment]]]:
+        """Every parameter that has been updated, whole."""
+        for index, group in enumerate(self.param_groups):
+            for param in group["params"]:
+                z = self.state.get(param, {}).get("z")
+                if z is not None:
+                    real = as_real(param.detach())
+                    values = real.contiguous()
+                    yield [(param, Segment(index, 1, values, values, {"z": as_real(z)}, None, 1.0))]
+                    real.copy_(values)
+                    increment_version([param])  # autograd cannot see what a kernel writes
+
+    def _run(self, rule: Rule, segments: list[Segment], weights: list[float]) -> None:
+        hypers = [{"weight": weight} for weight in weights]
+        compile_rule(rule).update(Batch(segments, [], lambda sums, _: sums), hypers)
 
 
 def _weigh(group: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from shardstep.rules import noise
 from shardstep.rules.backends.choice import back_end
 from shardstep.rules.binding import stored_arrays
 from shardstep.rules.elementwise import stacks_of, update_elements
+from shardstep.rules.flags import compile_plainness
 from shardstep.rules.hypers import Hypers, hypers_of
 from shardstep.rules.ir import State
 from shardstep.rules.jobs import update_by_tensor
@@ -36,15 +37,22 @@ class CompiledRule:
         self.locality, self.reason = locality(self.program)
         self.is_plain = not is_by_tensor(self.program)
         """Whether every element is updated by itself, whatever tensor it is in."""
-        scaled = any(len(stored_arrays(state)) > 1 for state in self.program.states)
-        self.is_by_tensor = scaled or not self.is_plain
-        """Whether each segment must be a part of one tensor."""
+        self._is_plain_with = compile_plainness(self.program)
+        self._scaled = any(len(stored_arrays(state)) > 1 for state in self.program.states)
         self._variants = Variants(self.program, back_end)
         in_steps = runs_in_steps(self.program)
         self._matrices = MatrixUpdate(self._variants.program_for, back_end) if in_steps else None
         self.is_shardable = self.locality != "matrix" or in_steps
         """Whether segments may be parts of tensors."""
         self._checks: dict[tuple[bool, ...], Scalars] = {}
+
+    def is_plain_with(self, groups: Iterable[Hypers]) -> bool:
+        """Whether every element is updated by itself with the flags of all these groups."""
+        return all(map(self._is_plain_with, groups))
+
+    def is_by_tensor_with(self, groups: Iterable[Hypers]) -> bool:
+        """Whether each segment must be a part of one tensor, with these flags."""
+        return self._scaled or not self.is_plain_with(groups)
 
     def states(self, hypers: Hypers, ndim: int) -> tuple[State, ...]:
         """The states that a param has with these flags, in order; the others are neither read nor written."""
@@ -56,7 +64,7 @@ class CompiledRule:
         Collective where the rule makes sums over tensors, rows or columns. Raises ConfigError for arrays that are not
         as `Segment` says, RuleError if a per-step scalar has no value.
         """
-        if self.is_plain:
+        if self.is_plain or self.is_plain_with([groups[index] for index in {update.group for update in batch.updated}]):
             update_elements(self._variants, chain(stacks_of(batch.segments), batch.stacks), groups)
             return
         if self.locality != "matrix":

@@ -1,5 +1,6 @@
 """How a program may be sharded: which part of a tensor its result at one element depends on, and why."""
 
+from collections.abc import Set
 from typing import Final, Literal, TypeAlias
 
 from shardstep.rules.ir import SQUARE, Instruction, Program
@@ -39,6 +40,12 @@ def is_by_tensor(program: Program) -> bool:
     """Whether elements of several tensors may not be updated in one run."""
     shaped = any(line.operation in _OF_SHAPE or line.attributes == ("ndim",) for line in program.instructions)
     return shaped or locality(program)[0] != "elementwise" or any(s.shape != "element" for s in program.states)
+
+
+def is_by_tensor_in(program: Program, values: Set[int]) -> bool:
+    """The same where of a program with states of elements only these values are used."""
+    lines = [program.instructions[number] for number in values]
+    return any(line.operation in _OF_SHAPE or _demanded(program, line) != "elementwise" for line in lines)
 
 
 def runs_in_steps(program: Program) -> bool:

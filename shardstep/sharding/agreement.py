@@ -26,6 +26,8 @@ class Act(IntEnum):
     SWAP = 6
     STATISTICS = 7
     KEEP_WRITES = 8
+    TRAIN = 9
+    EVALUATE = 10
 
 
 _SENTENCES = {
@@ -38,6 +40,8 @@ _SENTENCES = {
     Act.SWAP: "enters or leaves 'with average.applied():'",
     Act.KEEP_WRITES: "leaves whole parameters again",
     Act.STATISTICS: "runs another micro-batch of average.update_bn()",
+    Act.TRAIN: "calls optimizer.train()",
+    Act.EVALUATE: "calls optimizer.eval()",
 }
 
 

@@ -65,6 +65,8 @@ class Space:
         self.is_whole = True
         self.held = 0
         """How many ``gathered`` blocks keep the parameters whole."""
+        self.exchanged = False
+        """Whether the parameters have changed places with an average."""
         self._group, self._ledger = group, ledger
         self._classes = [type(parameter) for parameter in parameters]
         self.loan: Loan | None = None
@@ -295,6 +297,7 @@ class Space:
 
         (But a NaN in parameters that have a wider master may come back as another NaN.)
         """
+        self.exchanged = not self.exchanged
         if self.master is not self.values:
             self.master, self.averages[number] = self.averages[number], self.master
             self.values.copy_(self.master)

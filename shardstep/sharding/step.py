@@ -4,13 +4,13 @@
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from typing import Literal
 
 from torch import Tensor, nn
 
 from shardstep.collectives import Group, Pending
 from shardstep.errors import SequenceError
 from shardstep.optim import Combined, Optimizer
-from shardstep.rules.binding import cut_states
 from shardstep.sharding.agreement import Act, Agreement
 from shardstep.sharding.buffers import Buffers
 from shardstep.sharding.clip import global_norm
@@ -22,7 +22,7 @@ from shardstep.sharding.ownership import Gathering, Place
 from shardstep.sharding.space import Space
 from shardstep.sharding.states import gather_states, scatter_states
 from shardstep.sharding.unfreezing import Unfreezing
-from shardstep.sharding.updates import Gradient, Run, SpaceUpdate, joined, neighbours, tensors_of
+from shardstep.sharding.updates import Gradient, Run, SpaceUpdate, joined, neighbours, segment_of, tensors_of
 from shardstep.types import Batch, Segment, Whole
 
 
@@ -55,7 +55,7 @@ class Step:
         """What this rank updates, space by space; each is published as soon as it is updated. Then one batch for each
         rule of ``whole``, so that its tensors are put together at all owners at the same time.
         """
-        self._check_not_held("optimizer.step()")
+        self._check_writable("optimizer.step()")
         updates = self._begin()
         publishing: list[Pending] = []
         single = [update for update in updates if update.rule not in whole]
@@ -85,6 +85,23 @@ class Step:
         if updates:
             self._end(publishing)
 
+    def between_steps(self, call: Literal["train()", "eval()"]) -> Iterator[list[tuple[nn.Parameter, Segment]]]:
+        """What this rank owns of each parameter that has been updated, space by space; published as after a step."""
+        self._check_writable(f"optimizer.{call}")
+        self._announce(Act.TRAIN if call == "train()" else Act.EVALUATE)
+        groups, publishing = self._group_of_each(), list[Pending]()
+        for space in self._spaces:
+            counted = zip(space.parameters, space.steps, strict=True)
+            keys = [(groups[id(parameter)], steps) if steps else None for parameter, steps in counted]
+            yield [
+                (space.parameters[run.index], segment_of(space, space.master, run, 1.0))
+                for run in tensors_of(space, keys)
+                if run.index is not None
+            ]
+            publishing += self._publish(space, f"publishing what optimizer.{call} made")
+        for pending in publishing:
+            pending.wait()
+
     def include(self, parameters: Sequence[nn.Parameter]) -> None:
         """Train parameters of the model that were frozen so far. Collective."""
         self._spaces = self._unfreezing.train(parameters, self._optimizer.states_of, self._optimizer.rule_of)
@@ -95,7 +112,7 @@ class Step:
 
     def whole_state(self) -> dict[nn.Parameter, dict[str, Tensor]]:
         """Every parameter's whole state in its own shape, on every rank, with its ``step``. Collective."""
-        self._announce_reading()
+        self._announce(Act.READ_WHOLE)
         return gather_states(self._spaces)
 
     def adopt_state(self, state: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
@@ -104,8 +121,8 @@ class Step:
 
     def write_parameters(self, values: Mapping[nn.Parameter, Tensor]) -> None:
         """Replace parameters (and masters) by whole ``values``; every rank gives the same. Collective."""
-        self._check_not_held("the replacement of parameters")
-        self._announce_reading()
+        self._check_writable("the replacement of parameters")
+        self._announce(Act.READ_WHOLE)
         for space in self._spaces:
             whole = space.whole(space.master, "writing parameters")
             for slot, parameter in zip(space.layout.slots, space.parameters, strict=True):
@@ -113,9 +130,8 @@ class Step:
                     whole[slot.offset : slot.end].view(slot.shape).copy_(values[parameter])
             space.master.copy_(whole[space.owned])
             space.values.copy_(space.master)
-            space.free()
-            if (published := space.publish("writing parameters")) is not None:
-                published.wait()
+            for pending in self._publish(space, "writing parameters"):
+                pending.wait()
 
     # - the parts of a step
 
@@ -146,7 +162,9 @@ class Step:
     def _cut(self, update: SpaceUpdate, runs: Iterator[Run]) -> None:
         """Make the segments of an update."""
         values = update.wait()
-        update.segments = [self._segment(update, values, run) for run in runs]
+        update.segments = [
+            segment_of(update.space, values, run, update.scale * self._optimizer.grad_sign(run.group)) for run in runs
+        ]
         if self._trace is not None:
             self._trace.remember(update.space, update.segments)
 
@@ -159,8 +177,12 @@ class Step:
             self._trace.look(space, update.segments)
         if update.gradient is not None and update.gradient.taken:
             self._ledger.give("gradients", update.gradient.values)
+        return self._publish(space, f"publishing step {self._gradients.step}")
+
+    def _publish(self, space: Space, phase: str) -> list[Pending]:
+        """Begin to send what this rank has changed to those that keep the parameters whole."""
         space.free()  # whole from a forward without a backward, and no longer what the shards hold
-        published = space.publish(f"publishing step {self._gradients.step}")
+        published = space.publish(phase)
         return [] if published is None else [published]
 
     def _end(self, publishing: list[Pending]) -> None:
@@ -186,11 +208,16 @@ class Step:
         last = 2 * max(space.tag for space in self._spaces) + 1
         return Gathering(tensors, at, self._group, self._ledger, (last + 1, last + 2), self._gradients.step)
 
-    def _check_not_held(self, what: str) -> None:
+    def _check_writable(self, what: str) -> None:
         if any(space.held for space in self._spaces):
             raise SequenceError(
                 f"expected {what} outside 'with shardstep.gathered(model):', got it inside: what it "
                 "writes would be overwritten by the whole values at the end of the block"
+            )
+        if any(space.exchanged for space in self._spaces):
+            raise SequenceError(
+                f"expected {what} outside 'with average.applied():', got it inside, where the parameters are averages; "
+                "leave the block first"
             )
 
     def _agree(self) -> None:
@@ -206,8 +233,8 @@ class Step:
             flags = flags[len(space.parameters) :]
         self._buffers.mark(flags)
 
-    def _announce_reading(self) -> None:
-        self._agreement.announce(Act.READ_WHOLE, self._gradients.step, self._gradients.leaves)
+    def _announce(self, act: Act) -> None:
+        self._agreement.announce(act, self._gradients.step, self._gradients.leaves)
         self._agreement.confirm()
 
     def _scale(self) -> float:
@@ -240,30 +267,3 @@ class Step:
         for index in space.touched:
             keys[index] = (groups[id(space.parameters[index])], space.steps[index] + 1)
         return keys
-
-    def _segment(self, update: SpaceUpdate, gradient: Tensor, run: Run) -> Segment:
-        space = update.space
-        low = space.values if space.master is not space.values else None
-        part = slice(run.start - space.owned.start, run.stop - space.owned.start)
-        state = cut_states(space.state, part.start, part.stop)
-        tensor_state: dict[str, Tensor] = {}
-        if run.index is None:
-            shape, start = None, 0
-        else:
-            slot = space.layout.slots[run.index]
-            shape, start = slot.shape, run.start - slot.offset
-            state |= space.by_tensor.of(run.index, elements=True)
-            tensor_state = space.by_tensor.of(run.index, elements=False)
-        return Segment(
-            group=run.group,
-            step=run.step,
-            param=space.master[part],
-            grad=gradient[part],
-            state=state,
-            low=None if low is None else low[part],
-            grad_scale=update.scale * self._optimizer.grad_sign(run.group),
-            offset=run.start,
-            shape=shape,
-            start=start,
-            tensor_state=tensor_state,
-        )

@@ -10,6 +10,7 @@ from itertools import islice
 from torch import Tensor
 
 from shardstep.collectives import Pending
+from shardstep.rules.binding import cut_states
 from shardstep.sharding.combination import Combination, Key
 from shardstep.sharding.space import Space
 from shardstep.sharding.tensor_states import part
@@ -95,3 +96,31 @@ def tensors_of(space: Space, keys: list[Key]) -> Iterator[Run]:
         start, stop = part(slot, space.owned)
         if key is not None and start < stop:
             yield Run(*key, slot.offset + start, slot.offset + stop, index)
+
+
+def segment_of(space: Space, gradient: Tensor, run: Run, grad_scale: float) -> Segment:
+    """What this rank has of a run; ``gradient``: over all that it owns of the space."""
+    low = space.values if space.master is not space.values else None
+    own = slice(run.start - space.owned.start, run.stop - space.owned.start)
+    state = cut_states(space.state, own.start, own.stop)
+    tensor_state: dict[str, Tensor] = {}
+    if run.index is None:
+        shape, start = None, 0
+    else:
+        slot = space.layout.slots[run.index]
+        shape, start = slot.shape, run.start - slot.offset
+        state |= space.by_tensor.of(run.index, elements=True)
+        tensor_state = space.by_tensor.of(run.index, elements=False)
+    return Segment(
+        group=run.group,
+        step=run.step,
+        param=space.master[own],
+        grad=gradient[own],
+        state=state,
+        low=None if low is None else low[own],
+        grad_scale=grad_scale,
+        offset=run.start,
+        shape=shape,
+        start=start,
+        tensor_state=tensor_state,
+    )

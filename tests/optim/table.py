@@ -1,6 +1,6 @@
 """The table of optimizers that drives the tests of all of them: a new one joins by a row."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ class Row:
 
     ``configs``: hyper-parameters by a word for them. ``torch``: torch's class; ``paper``: the equations where torch has
     none. ``rates``: the lr that finds the minimum of a quadratic, of Rosenbrock's function, and learns digits;
-    ``hyper``: what else it needs there.
+    ``hyper``: what else it needs there. ``build``: what makes it for all parameters of a model, if not the class.
     """
 
     kind: type[optim.Optimizer]
@@ -30,6 +30,11 @@ class Row:
     torch: type[torch_optim.Optimizer] | None = None
     paper: Callable[..., Tensor] | None = None
     hyper: Hypers | None = None
+    build: Callable[..., torch_optim.Optimizer] | None = None
+
+    def optimizer(self, params: Iterable[nn.Parameter], **hyper: Any) -> Any:
+        """One for all parameters of a model."""
+        return (self.build or self.kind)(params, **hyper)
 
     @property
     def name(self) -> str:
@@ -40,7 +45,7 @@ class Row:
         """Whether shard() takes it."""
         model = nn.Linear(2, 2)
         try:
-            shard(model, self.kind(model.parameters()))
+            shard(model, self.optimizer(model.parameters()))
         except ConfigError:
             return False
         return True
@@ -51,8 +56,16 @@ class Row:
         return any(state.shape == "tensor" for state in self.kind.rule.declared)
 
     @property
-    def adds_over_tensors(self) -> bool:
-        return compile_rule(self.kind.rule).locality != "elementwise"
+    def locality(self) -> str:
+        return compile_rule(self.kind.rule).locality
+
+
+def muon_for_matrices(params: Iterable[nn.Parameter], **hyper: Any) -> torch_optim.Optimizer:
+    """And AdamW for the rest, if there is any."""
+    given = list(params)
+    matrices, rest = ([p for p in given if (p.ndim == 2) == which] for which in (True, False))
+    muon = optim.Muon(matrices, **hyper)
+    return optim.Combined(muon, optim.AdamW(rest, lr=0.01)) if rest else muon
 
 
 ROWS = (
@@ -196,7 +209,17 @@ ROWS = (
         {"plain": {"lr": 0.01}, "warming up": {"lr": 0.01, "warmup_steps": 7, "r": 0.5, "weight_decay": 0.1}},
         paper=papers.schedule_free,
     ),
+    Row(
+        optim.Muon,
+        (0.1, 0.01, 0.02),
+        {"plain": {"lr": 0.01}, "decaying": {"lr": 0.02, "weight_decay": 0.3, "adjust_lr_fn": "match_rms_adamw"}},
+        torch=torch_optim.Muon,
+        hyper={"weight_decay": 0.0},
+        build=muon_for_matrices,
+    ),
 )
 
-CASES = [(row, word) for row in ROWS for word in row.configs]
+CASES = [(row, word) for row in ROWS if row.locality != "matrix" for word in row.configs]
+"""Without the rules of matrices: products have no bits of their own and are torch's within bfloat16 (test_muon.py)."""
+
 CASE_NAMES = [f"{row.name} {word}" for row, word in CASES]

@@ -22,18 +22,18 @@ def rosenbrock(x: Tensor) -> Tensor:
 
 
 def minimized(row: Row, function, start: list[float], lr: float, steps: int) -> tuple[float, float]:
-    """The values at the start and at the end; the rate falls to zero."""
-    param = nn.Parameter(torch.tensor(start))
+    """The values at the start and at the end; the rate falls to zero. Rules of matrices get one of a single row."""
+    param = nn.Parameter(torch.tensor([start] if row.locality == "matrix" else start))
     optimizer = row.kind([param], lr=lr, **(row.hyper or {}))
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, steps)
-    first = function(param).item()
+    first = function(param.flatten()).item()
     for _ in range(steps):
         optimizer.zero_grad()
-        function(param).backward()
+        function(param.flatten()).backward()
         optimizer.step()
         scheduler.step()
     to_average(optimizer)
-    return first, function(param).item()
+    return first, function(param.flatten()).item()
 
 
 def to_average(optimizer: Optimizer) -> None:
@@ -65,7 +65,7 @@ def test_digits(row):
     torch.manual_seed(0)
     images, labels = digits()
     model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
-    optimizer = row.kind(model.parameters(), lr=row.rates[2], **(row.hyper or {}))
+    optimizer = row.optimizer(model.parameters(), lr=row.rates[2], **(row.hyper or {}))
     batches = [torch.arange(len(labels))] if row.name == "Rprop" else torch.arange(len(labels)).split(128)
     for _ in range(150 // len(batches)):
         for batch in batches:

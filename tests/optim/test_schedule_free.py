@@ -115,9 +115,40 @@ def test_the_closure_is_called_once():
     assert calls == [1]
 
 
-def test_a_sharded_one_says_that_it_cannot_swap():
-    model = nn.Linear(3, 2)
-    optimizer = AdamWScheduleFree(model.parameters())
-    ss.shard(model, optimizer, stage=1)
-    with pytest.raises(ss.ConfigError, match=r"expected eval\(\) of an optimizer that holds its own state"):
+def test_complex_parameters_swap_as_pairs_of_real_ones():
+    torch.manual_seed(3)
+    complex_ = nn.Parameter(torch.randn(4, 3, dtype=torch.complex64))
+    real = nn.Parameter(torch.view_as_real(complex_.detach()).clone())
+    optimizers = [AdamWScheduleFree([param], lr=0.1) for param in (complex_, real)]
+    complex_.grad = torch.randn(4, 3, dtype=torch.complex64)
+    real.grad = torch.view_as_real(complex_.grad)
+    for optimizer in optimizers:
+        for _ in range(3):
+            optimizer.step()
+    y = complex_.detach().clone()
+    for optimizer in optimizers:
         optimizer.eval()
+    assert not torch.equal(complex_, y)
+    assert torch.equal(torch.view_as_real(complex_.detach()), real)
+    optimizers[0].train()
+    assert torch.equal(complex_, y)
+
+
+def test_elements_that_are_not_finite_come_back_too():
+    params, optimizer, _ = trained()
+    with torch.no_grad():
+        params[0][0, 0], params[1][2] = float("inf"), float("nan")
+        optimizer.state[params[1]]["z"][3] = float("nan")
+    before = [param.detach().clone() for param in params]
+    optimizer.eval()
+    optimizer.train()
+    assert all(torch.equal(p.view(torch.int32), y.view(torch.int32)) for p, y in zip(params, before, strict=True))
+
+
+def test_autograd_sees_that_parameters_have_changed():
+    params, optimizer, _ = trained()
+    for move in (optimizer.eval, optimizer.train):
+        loss = params[1].square().sum()
+        move()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()

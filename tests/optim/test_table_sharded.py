@@ -30,11 +30,11 @@ def batch(step: int, leaf: int) -> Tensor:
     return torch.randn(2, 47, generator=torch.Generator().manual_seed(LEAVES * step + leaf))
 
 
-def model_and_optimizer(row: Row) -> tuple[nn.Module, ss.optim.Optimizer]:
+def model_and_optimizer(row: Row) -> tuple[nn.Module, torch.optim.Optimizer]:
     """With the last of the configurations, which asks for most."""
     torch.manual_seed(4)
     model = Small()
-    return model, row.kind(model.parameters(), **list(row.configs.values())[-1])
+    return model, row.optimizer(model.parameters(), **list(row.configs.values())[-1])
 
 
 def sharded_digest(name: str, stage: int) -> str:
@@ -80,7 +80,7 @@ def test_every_world_size_and_stage_gives_the_bits_of_one_rank(ranks, expected, 
         assert digests == {name: [digest] * len(STAGES) for name, digest in expected.items()}
 
 
-@pytest.mark.parametrize("name", [name for name, row in SHARDABLE.items() if not row.adds_over_tensors])
+@pytest.mark.parametrize("name", [name for name, row in SHARDABLE.items() if row.locality == "elementwise"])
 def test_an_optimizer_alone_gives_the_same_bits(expected, name):
     """Where there are no sums over tensors, whose borders of blocks are those of the flat space."""
     assert alone_digest(SHARDABLE[name]) == expected[name]

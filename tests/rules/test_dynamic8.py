@@ -297,7 +297,7 @@ def test_sums_over_tensors_are_of_the_decoded_values(monkeypatch):
             states[name], states[f"{name}_scale"] = encode(numbers, arrays[kept].dtype)
         segment = Segment(0, 2, arrays["param"], arrays["grad"], states, None, 1.0, offset=768, shape=(5000,))
         made = compiled.CompiledRule(lamb8)
-        assert made.is_by_tensor
+        assert made.is_by_tensor_with([])
         made.update(Batch([segment], [Update(0, 2, ())], lambda sums, _: sums), [{**lamb8.hyperparameters, "lr": 0.1}])
         results.append({"param": segment.param, **states})
     assert_same(*results)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import shardstep as ss
+from shardstep.optim import keras
 from tests.optim.test_localities import Lamb
 from tests.sharding.models import Tied, Tokens
 
@@ -76,10 +77,19 @@ def test_a_gradient_that_was_not_finite_is_told_from_what_the_rule_made():
         optimizer.step()
 
 
-def test_rules_with_sums_name_the_place_only():
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (Lamb, "which line made it is known for"),
+        (lambda params: keras.Adam(params, clipnorm=1.0), "which line made it is known for"),
+        (keras.Adam, "the first value that is not finite is given: grad"),
+    ],
+    ids=["Lamb", "clipping", "not clipping"],
+)
+def test_rules_with_sums_name_the_place_only(make, said):
     model = nn.Linear(3, 2)
-    optimizer = Lamb(model.parameters())
+    optimizer = make(model.parameters())
     ss.shard(model, optimizer, trace_nonfinite=True)
-    model(torch.tensor([[1.0, float("nan"), 1.0]])).sum().backward()
-    with pytest.raises(ss.NonFiniteUpdateError, match="'weight', element 1; which line made it is known for"):
+    model(torch.tensor([[float("nan"), 1.0, 1.0]])).sum().backward()
+    with pytest.raises(ss.NonFiniteUpdateError, match=f"'weight', element 0; {said}"):
         optimizer.step()

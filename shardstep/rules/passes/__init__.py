@@ -8,7 +8,14 @@ optimizer; only `stochastic` knows a dtype that an array is stored in.
 
 from shardstep.rules.passes.dead import drop_dead
 from shardstep.rules.passes.pipeline import compile_phases, cut, cut_steps, stages
-from shardstep.rules.passes.specialise import compile_truths, conditions, specialise, used_arrays
+from shardstep.rules.passes.specialise import (
+    compile_truths,
+    conditions,
+    fixed_conditions,
+    specialise,
+    used_arrays,
+    used_values,
+)
 
 __all__ = [
     "compile_phases",
@@ -17,7 +24,9 @@ __all__ = [
     "cut",
     "cut_steps",
     "drop_dead",
+    "fixed_conditions",
     "specialise",
     "stages",
     "used_arrays",
+    "used_values",
 ]

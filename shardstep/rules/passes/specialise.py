@@ -15,7 +15,7 @@ The branch keeps its own shape: where it is one number for all elements, what is
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from shardstep.errors import RuleError
 from shardstep.rules.ir import Builder, Instruction, Program
@@ -25,6 +25,10 @@ from shardstep.rules.scalars.wording import where
 
 TruthFunction: TypeAlias = Callable[[Mapping[str, object]], tuple[bool, ...]]
 """Hyper-parameters by name, ``step`` among them -> the truth of each condition."""
+
+
+_OPEN: Final = frozenset({"step", "rows", "columns"})
+"""Hyper-parameters that are known for one update only."""
 
 
 def conditions(program: Program) -> tuple[int, ...]:
@@ -80,7 +84,22 @@ def used_arrays(program: Program, hypers: Mapping[str, object]) -> set[str]:
     """The arrays that are read or written at some step, of a matrix of some shape: branches on those
     go both ways.
     """
-    open_ = _made_of(program, {"step", "rows", "columns"})
+    return _used(program, hypers)[0]
+
+
+def used_values(program: Program, hypers: Mapping[str, object]) -> set[int]:
+    """The values that stores are made of, at some step and for some shape, without those that decide a ``choose``."""
+    return _used(program, hypers)[1]
+
+
+def fixed_conditions(program: Program) -> tuple[int, ...]:
+    """Those `conditions` that are the same for every step and shape."""
+    open_ = _made_of(program, _OPEN)
+    return tuple(condition for condition in conditions(program) if condition not in open_)
+
+
+def _used(program: Program, hypers: Mapping[str, object]) -> tuple[set[str], set[int]]:
+    open_ = _made_of(program, _OPEN)
 
     def outcomes(values: Sequence[int]) -> Iterator[int]:
         """What the values may be: themselves, or what their branches give."""
@@ -108,7 +127,7 @@ def used_arrays(program: Program, hypers: Mapping[str, object]) -> set[str]:
             line = program.instructions[number]
             used.update([str(line.attributes[0])] if line.operation == "load" else [])
             stack += outcomes(line.arguments)
-    return used
+    return used, seen
 
 
 def _made_of(program: Program, names: Set[str]) -> set[int]:
