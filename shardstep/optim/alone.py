@@ -116,7 +116,7 @@ class Step:
             arrays = [array for row in rows for array in self._flat(row).values()]
         state = dict(zip(states, arrays[2:width], strict=True))
         first = Segment(group, steps[0], arrays[0], arrays[1], state, None, sign)
-        return Stack(first, names, steps, [0] * len(steps), arrays)
+        return Stack(first, names, width, steps, [0] * len(steps), arrays)
 
     def _segment(
         self, group: int, sign: float, step: int, param: Tensor, grad: Tensor, state: dict[str, Tensor]

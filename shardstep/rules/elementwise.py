@@ -5,7 +5,6 @@ looked at in columns, by functions that run in C; one by one only where columns 
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, Final
 
@@ -14,49 +13,40 @@ from torch import Tensor
 from shardstep.rules import noise
 from shardstep.rules.backends.choice import ManyKernel
 from shardstep.rules.hypers import Hypers, segment_hypers
-from shardstep.rules.variants import Kind, Variant, Variants, kind_of
+from shardstep.rules.variants import Kind, Variants, kind_of
 from shardstep.types import Segment, Stack
 
 _is_cpu: Final = attrgetter("is_cpu")
 _dtype: Final = attrgetter("dtype")
 
 
-@dataclass(slots=True)
-class _Table:
-    """What one kernel is to run on: rows, and the elements of all of them."""
-
-    kernel: ManyKernel
-    rows: list[Any] = field(default_factory=list)
-    numel: int = 0
-
-
 def update_elements(variants: Variants, stacks: Iterable[Stack], groups: Sequence[Hypers]) -> None:
     """Update all in place. Nothing is changed before the scalars of all of them are known."""
-    tables: dict[Variant, _Table] = {}
+    tables: dict[ManyKernel, tuple[list[Any], list[int]]] = {}
     for given in stacks:
         for stack, kind in _of_one_kind(given):
             segment = stack.first
             hypers = segment_hypers(segment, groups[segment.group])
-            variant = variants.of(segment, kind, hypers)
-            compiled = variant.passes[-1]
-            table = tables.get(variant)
-            if table is None:
-                table = tables[variant] = _Table(compiled.kernel)
-            counts = [*map(Tensor.numel, stack.arrays[:: stack.width])]
-            table.rows += compiled.kernel.rows(stack, counts, compiled.scalars(hypers, {}))
-            table.numel += sum(counts)
-    for table in tables.values():
-        table.kernel.run(table.rows, table.numel)
+            last = variants.of(segment, kind, hypers).passes[-1]
+            rows, counts = tables.setdefault(last.kernel, ([], []))
+            own = [*map(Tensor.numel, stack.arrays[:: stack.width])]
+            rows += last.kernel.rows(stack, own, last.scalars(hypers, {}))
+            counts += own
+    for kernel, (rows, counts) in tables.items():
+        kernel.run(rows, sum(counts))
 
 
 def stacks_of(segments: Sequence[Segment]) -> Iterable[Stack]:
-    """Segments in stacks, those together that may be."""
+    """Segments in stacks, those together that may be; those that are rounded stochastically cut where keys change."""
     found: dict[object, Stack] = {}
-    for segment in noise.with_one_key(segments):
-        turn = 0 if segment.seed is None else segment.offset // noise.TURN
+    for segment in segments:
         names = ("param", "grad", *segment.state)
-        alike = (segment.group, segment.grad_scale, segment.seed, turn, segment.low is None, names)
-        _put(segment, names, found, alike)
+        alike = (segment.group, segment.grad_scale, segment.low is None, names)
+        if segment.seed is None:
+            _put(segment, names, found, alike)
+            continue
+        for part in noise.between_turns(segment):
+            _put(part, names, found, (*alike, segment.seed, part.offset // noise.TURN))
     return found.values()
 
 
@@ -67,7 +57,7 @@ def _put(segment: Segment, names: tuple[str, ...], stacks: dict[Any, Stack], key
         arrays.append(segment.low)
     stack = stacks.get(key)
     if stack is None:
-        stacks[key] = Stack(segment, names, [segment.step], [segment.offset], arrays)
+        stacks[key] = Stack(segment, names, len(arrays), [segment.step], [segment.offset], arrays)
         return
     stack.steps.append(segment.step)
     stack.offsets.append(segment.offset)

@@ -4,7 +4,7 @@ Small calls must be cheap, so whatever can be known beforehand is.
 """
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -128,17 +128,17 @@ class LlvmKernel:
         low = stack.first.low
         if self._writes_low if low is None else self._low is None:
             raise self._misfit(low)
-        pack, width = self._pack, stack.width
-        addresses = [*map(_address, stack.arrays)]
-        if self._takes_all:
-            each = zip(*[iter(addresses)] * width, strict=True)
-        else:
-            places = self._places if low is None else [*self._places, width - 1]
-            each = zip(*[addresses[place::width] for place in places], strict=True)
-        rows = zip(each, counts, stack.offsets, strict=True)
-        if low is None:
-            return [pack(*found, 0, count, offset, *scalars) for found, count, offset in rows]
-        return [pack(*found, count, offset, *scalars) for found, count, offset in rows]
+        addresses, pack, rows = map(_address, stack.arrays), self._pack, list[bytes]()
+        each: Iterable[Sequence[int]] = zip(*[addresses] * stack.width, strict=True)
+        if not self._takes_all:
+            places = self._places if low is None else [*self._places, -1]
+            each = ([found[place] for place in places] for found in each)
+        for found, count, offset in zip(each, counts, stack.offsets, strict=True):
+            if low is None:
+                rows.append(pack(*found, 0, count, offset, *scalars))
+            else:
+                rows.append(pack(*found, count, offset, *scalars))
+        return rows
 
     def run(self, rows: Sequence[bytes], numel: int) -> None:
         """Run it in place on many tensors, of ``numel`` elements in all: in one call or in a few by several threads."""
