@@ -6,7 +6,7 @@ part of the key, so a segment is cut where the low word begins anew (not those o
 the key of the first element serves). `passes.stochastic` makes the noise.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from hashlib import blake2b
@@ -44,6 +44,15 @@ def key_of(segment: Segment, seed: int) -> tuple[float, ...]:
 def _key(seed: int, step: int, high: int) -> tuple[float, ...]:
     mixed = blake2b(f"{seed} {step} {high}".encode(), digest_size=2 * PIECES).digest()
     return tuple(float(2**23 + int.from_bytes(mixed[i : i + 2], "little")) for i in range(0, len(mixed), 2))
+
+
+def with_one_key(segments: Iterable[Segment]) -> Iterator[Segment]:
+    """The segments, those that are rounded stochastically in parts that share their key."""
+    for segment in segments:
+        if segment.seed is None:
+            yield segment
+        else:
+            yield from between_turns(segment)
 
 
 def between_turns(segment: Segment) -> Iterator[Segment]:

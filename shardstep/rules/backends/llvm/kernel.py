@@ -20,10 +20,10 @@ from shardstep.rules.backends.llvm.row import cuts, layout_of
 from shardstep.rules.backends.llvm.target import TargetUnsupported
 from shardstep.rules.backends.llvm.text import module_text
 from shardstep.rules.backends.llvm.threads import Call, run_all
-from shardstep.rules.binding import CODED, Binding, Lines, cut_states, scale_name
+from shardstep.rules.binding import CODED, Binding, Lines, arrays_of, cut_states, scale_name
 from shardstep.rules.ir import Phase
 from shardstep.types import BLOCK_NUMEL as BLOCK
-from shardstep.types import SCALED_NUMEL, Stack
+from shardstep.types import SCALED_NUMEL, Segment, Stack
 
 if TYPE_CHECKING:
     from shardstep.rules.backends.llvm.compiler import Loaded
@@ -119,6 +119,13 @@ class LlvmKernel:
     ) -> tuple[Tensor, ...]:
         """Run it in place on one tensor; see `PhaseKernel`."""
         return self.many([Row(arrays, scalars, offset, low, lines)])[0]
+
+    def row(self, segment: Segment, count: int, scalars: Sequence[float]) -> bytes:
+        """What `run` takes for a segment of ``count`` elements, which must live until then; see `rows`."""
+        low, arrays = segment.low, arrays_of(segment)
+        if low is not None or self._writes_low:
+            return self._pack(*self._addresses(arrays, low), count, segment.offset, *scalars)
+        return self._pack(*[arrays[name].data_ptr() for name in self._names], 0, count, segment.offset, *scalars)
 
     def rows(self, stack: Stack, counts: Sequence[int], scalars: Sequence[float]) -> list[bytes]:
         """What `run` takes for a stack with these ``counts`` of elements and the binding's arrays, in its order.
