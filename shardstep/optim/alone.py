@@ -51,11 +51,15 @@ class Step:
         for index, group in enumerate(groups):
             tensors = self._tensors(group, index)
             if in_stacks:
-                batch.stacks += self._stacks(index, signs[index], tensors)
+                for stack in self._stacks(index, signs[index], tensors):
+                    if len(stack.steps) == 1:
+                        batch.segments.append(stack.first)
+                    else:
+                        batch.stacks.append(stack)
             else:
                 batch.segments += [self._segment(index, signs[index], *tensor) for tensor in tensors]
-        batch.updated = [Update(one.group, one.step, tuple(one.shape or ())) for one in batch.segments]
         if self._params:
+            batch.updated = [Update(one.group, one.step, tuple(one.shape or ())) for one in batch.segments]
             yield batch
             self._finish()
 

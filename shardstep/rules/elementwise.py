@@ -31,7 +31,7 @@ def update_elements(
     tables: _Tables = {}
     _add_segments(variants, segments, groups, tables)
     for stack in stacks:
-        if len(stack.steps) > 1 and _is_of_one_kind(stack):
+        if _is_of_one_kind(stack):
             _add_stack(variants, stack, groups, tables)
         else:
             _add_segments(variants, stack.segments(), groups, tables)
