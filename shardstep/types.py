@@ -58,19 +58,15 @@ class Stack:
     """Many small segments, in lists, to be updated by a rule that sees single elements.
 
     They have the group, grad_scale, seed and names of states of ``first``, and a low if it has one. ``names``: "param",
-    "grad" and the states; ``arrays``: those of the first segment and its low, then those of the next.
+    "grad" and the states; ``arrays``: those of the first segment and its low, ``width`` in all, then those of the next.
     """
 
     first: Segment
     names: tuple[str, ...]
+    width: int
     steps: list[int]
     offsets: list[int]
     arrays: list[Tensor]
-
-    @property
-    def width(self) -> int:
-        """Arrays of a segment."""
-        return len(self.names) + (self.first.low is not None)
 
     def segments(self) -> Iterator[Segment]:
         """One by one."""

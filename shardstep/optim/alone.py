@@ -51,11 +51,15 @@ class Step:
         for index, group in enumerate(groups):
             tensors = self._tensors(group, index)
             if in_stacks:
-                batch.stacks += self._stacks(index, signs[index], tensors)
+                for stack in self._stacks(index, signs[index], tensors):
+                    if len(stack.steps) == 1:
+                        batch.segments.append(stack.first)
+                    else:
+                        batch.stacks.append(stack)
             else:
                 batch.segments += [self._segment(index, signs[index], *tensor) for tensor in tensors]
-        batch.updated = [Update(one.group, one.step, tuple(one.shape or ())) for one in batch.segments]
         if self._params:
+            batch.updated = [Update(one.group, one.step, tuple(one.shape or ())) for one in batch.segments]
             yield batch
             self._finish()
 
@@ -116,7 +120,7 @@ class Step:
             arrays = [array for row in rows for array in self._flat(row).values()]
         state = dict(zip(states, arrays[2:width], strict=True))
         first = Segment(group, steps[0], arrays[0], arrays[1], state, None, sign)
-        return Stack(first, names, steps, [0] * len(steps), arrays)
+        return Stack(first, names, width, steps, [0] * len(steps), arrays)
 
     def _segment(
         self, group: int, sign: float, step: int, param: Tensor, grad: Tensor, state: dict[str, Tensor]

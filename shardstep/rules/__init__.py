@@ -1,7 +1,8 @@
 """Update rules: equations over elements, compiled to kernels over flat arrays.
 
 In the order in which a rule flows: language (what a rule may say; `functions` for editors) → source, parse (to
-`syntax`) → names, check, lower (all three by `meaning`) → ir → passes, scalars → backends → compiled. This room never
+`syntax`) → names, check, lower (all three by `meaning`) → ir → passes, scalars → backends → variants
+(kernels by flags and dtypes) → elementwise, jobs, matrices or whole (four ways to update) → compiled. This room never
 hears of modules, ranks or checkpoints, and imports no back end before a rule is first used.
 """
 

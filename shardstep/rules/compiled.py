@@ -6,7 +6,6 @@ The last room that a rule flows through. It chooses the way that a rule goes, by
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import chain
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,7 +13,7 @@ import torch
 from shardstep.rules import noise
 from shardstep.rules.backends.choice import back_end
 from shardstep.rules.binding import stored_arrays
-from shardstep.rules.elementwise import stacks_of, update_elements
+from shardstep.rules.elementwise import update_elements
 from shardstep.rules.flags import compile_plainness
 from shardstep.rules.hypers import Hypers, hypers_of
 from shardstep.rules.ir import State
@@ -65,7 +64,7 @@ class CompiledRule:
         as `Segment` says, RuleError if a per-step scalar has no value.
         """
         if self.is_plain or self.is_plain_with([groups[index] for index in {update.group for update in batch.updated}]):
-            update_elements(self._variants, chain(stacks_of(batch.segments), batch.stacks), groups)
+            update_elements(self._variants, batch.segments, batch.stacks, groups)
             return
         if self.locality != "matrix":
             if self.locality == "factored":  # an empty tensor has no rows and columns

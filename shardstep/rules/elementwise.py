@@ -5,83 +5,71 @@ looked at in columns, by functions that run in C; one by one only where columns 
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from torch import Tensor
 
 from shardstep.rules import noise
 from shardstep.rules.backends.choice import ManyKernel
 from shardstep.rules.hypers import Hypers, segment_hypers
-from shardstep.rules.variants import Kind, Variant, Variants, kind_of
+from shardstep.rules.variants import Variants, kind_of
 from shardstep.types import Segment, Stack
 
 _is_cpu: Final = attrgetter("is_cpu")
 _dtype: Final = attrgetter("dtype")
 
 
-@dataclass(slots=True)
-class _Table:
-    """What one kernel is to run on: rows, and the elements of all of them."""
-
-    kernel: ManyKernel
-    rows: list[Any] = field(default_factory=list)
-    numel: int = 0
+_Tables: TypeAlias = dict[ManyKernel, tuple[list[Any], list[int]]]
+"""For each kernel what it is to run on: rows, and their counts of elements."""
 
 
-def update_elements(variants: Variants, stacks: Iterable[Stack], groups: Sequence[Hypers]) -> None:
+def update_elements(
+    variants: Variants, segments: Sequence[Segment], stacks: Sequence[Stack], groups: Sequence[Hypers]
+) -> None:
     """Update all in place. Nothing is changed before the scalars of all of them are known."""
-    tables: dict[Variant, _Table] = {}
-    for given in stacks:
-        for stack, kind in _of_one_kind(given):
-            segment = stack.first
-            hypers = segment_hypers(segment, groups[segment.group])
-            variant = variants.of(segment, kind, hypers)
-            compiled = variant.passes[-1]
-            table = tables.get(variant)
-            if table is None:
-                table = tables[variant] = _Table(compiled.kernel)
-            counts = [*map(Tensor.numel, stack.arrays[:: stack.width])]
-            table.rows += compiled.kernel.rows(stack, counts, compiled.scalars(hypers, {}))
-            table.numel += sum(counts)
-    for table in tables.values():
-        table.kernel.run(table.rows, table.numel)
+    tables: _Tables = {}
+    _add_segments(variants, segments, groups, tables)
+    for stack in stacks:
+        if _is_of_one_kind(stack):
+            _add_stack(variants, stack, groups, tables)
+        else:
+            _add_segments(variants, stack.segments(), groups, tables)
+    for kernel, (rows, counts) in tables.items():
+        kernel.run(rows, sum(counts))
 
 
-def stacks_of(segments: Sequence[Segment]) -> Iterable[Stack]:
-    """Segments in stacks, those together that may be."""
-    found: dict[object, Stack] = {}
+def _add_segments(variants: Variants, segments: Iterable[Segment], groups: Sequence[Hypers], tables: _Tables) -> None:
+    """One by one; what several share is looked up where it changes from one to the next."""
+    found: dict[object, tuple[ManyKernel, tuple[float, ...]]] = {}
+    last: object = None
     for segment in noise.with_one_key(segments):
-        turn = 0 if segment.seed is None else segment.offset // noise.TURN
-        names = ("param", "grad", *segment.state)
-        alike = (segment.group, segment.grad_scale, segment.seed, turn, segment.low is None, names)
-        _put(segment, names, found, alike)
-    return found.values()
+        kind, seed = kind_of(segment), segment.seed
+        turn = 0 if seed is None else segment.offset // noise.TURN
+        alike = (segment.group, segment.step, segment.grad_scale, seed, turn, kind)
+        if alike != last:
+            last = alike
+            known = found.get(alike)
+            if known is None:
+                hypers = segment_hypers(segment, groups[segment.group])
+                compiled = variants.of(segment, kind, hypers).passes[-1]
+                known = found[alike] = compiled.kernel, compiled.scalars(hypers, {})
+            kernel, scalars = known
+            rows, counts = tables.setdefault(kernel, ([], []))
+        count = segment.param.numel()
+        rows.append(kernel.row(segment, count, scalars))
+        counts.append(count)
 
 
-def _put(segment: Segment, names: tuple[str, ...], stacks: dict[Any, Stack], key: object) -> None:
-    """Onto the stack with this key."""
-    arrays = [segment.param, segment.grad, *segment.state.values()]
-    if segment.low is not None:
-        arrays.append(segment.low)
-    stack = stacks.get(key)
-    if stack is None:
-        stacks[key] = Stack(segment, names, [segment.step], [segment.offset], arrays)
-        return
-    stack.steps.append(segment.step)
-    stack.offsets.append(segment.offset)
-    stack.arrays += arrays
-
-
-def _of_one_kind(stack: Stack) -> Iterable[tuple[Stack, Kind]]:
-    """Parts of a stack with one step count and one kind. Raises ConfigError for arrays that do not fit."""
-    if len(stack.steps) == 1 or _is_of_one_kind(stack):
-        return ((stack, kind_of(stack.first)),)
-    parts: dict[tuple[int, Kind], Stack] = {}
-    for segment in stack.segments():
-        _put(segment, stack.names, parts, (segment.step, kind_of(segment)))
-    return [(part, kind) for (_, kind), part in parts.items()]
+def _add_stack(variants: Variants, stack: Stack, groups: Sequence[Hypers], tables: _Tables) -> None:
+    """All at once: of one kind, with one step count."""
+    segment = stack.first
+    hypers = segment_hypers(segment, groups[segment.group])
+    compiled = variants.of(segment, kind_of(segment), hypers).passes[-1]
+    rows, counts = tables.setdefault(compiled.kernel, ([], []))
+    own = [*map(Tensor.numel, stack.arrays[:: stack.width])]
+    rows += compiled.kernel.rows(stack, own, compiled.scalars(hypers, {}))
+    counts += own
 
 
 def _is_of_one_kind(stack: Stack) -> bool:

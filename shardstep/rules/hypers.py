@@ -6,7 +6,6 @@ from typing import Final, TypeAlias
 import torch
 
 from shardstep.rules import noise
-from shardstep.rules.binding import compute_dtype
 from shardstep.rules.view import view_of
 from shardstep.types import Segment
 
@@ -31,7 +30,7 @@ def segment_hypers(segment: Segment, group: Hypers) -> dict[str, object]:
         **group,
         "step": segment.step,
         "ndim": len(segment.shape or ()),
-        "machine_eps": _EPS[compute_dtype(segment.param)],
+        "machine_eps": _EPS.get(segment.param.dtype, _EPS[torch.float32]),
         "grad_scale": segment.grad_scale,
     }
     return hypers if segment.seed is None else {**hypers, noise.KEY: noise.key_of(segment, segment.seed)}

@@ -6,7 +6,7 @@ part of the key, so a segment is cut where the low word begins anew (not those o
 the key of the first element serves). `passes.stochastic` makes the noise.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from hashlib import blake2b
@@ -46,11 +46,13 @@ def _key(seed: int, step: int, high: int) -> tuple[float, ...]:
     return tuple(float(2**23 + int.from_bytes(mixed[i : i + 2], "little")) for i in range(0, len(mixed), 2))
 
 
-def with_one_key(segments: Sequence[Segment]) -> Sequence[Segment]:
+def with_one_key(segments: Iterable[Segment]) -> Iterator[Segment]:
     """The segments, those that are rounded stochastically in parts that share their key."""
-    if all(segment.seed is None for segment in segments):
-        return segments
-    return [part for one in segments for part in ([one] if one.seed is None else between_turns(one))]
+    for segment in segments:
+        if segment.seed is None:
+            yield segment
+        else:
+            yield from between_turns(segment)
 
 
 def between_turns(segment: Segment) -> Iterator[Segment]:

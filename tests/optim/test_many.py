@@ -200,7 +200,7 @@ def test_a_stack_gives_back_its_segments():
         for k in range(2)
     ]
     arrays = [array for one in segments for array in (one.param, one.grad, one.state["m"], one.low)]
-    stack = Stack(segments[0], ("param", "grad", "m"), [4, 5], [0, 8], arrays)
+    stack = Stack(segments[0], ("param", "grad", "m"), 4, [4, 5], [0, 8], arrays)
     for got, want in zip(stack.segments(), segments, strict=True):
         for name in ("group", "step", "param", "grad", "low", "grad_scale", "offset", "seed"):
             assert getattr(got, name) is getattr(want, name) or getattr(got, name) == getattr(want, name)

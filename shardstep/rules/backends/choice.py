@@ -15,7 +15,7 @@ from shardstep.rules.backends import llvm, reference, triton
 from shardstep.rules.backends.llvm import LlvmKernel, Row
 from shardstep.rules.binding import Binding, PhaseKernel, arrays_of
 from shardstep.rules.ir import Phase
-from shardstep.types import Stack
+from shardstep.types import Segment, Stack
 
 
 def back_end(device: torch.device) -> Callable[[Phase, Binding], PhaseKernel]:
@@ -45,9 +45,13 @@ class OneByOne:
     def __init__(self, kernel: PhaseKernel) -> None:
         self._kernel = kernel
 
+    def row(self, segment: Segment, count: int, scalars: Sequence[float]) -> Row:
+        """See `LlvmKernel.row`."""
+        return Row(arrays_of(segment), scalars, segment.offset, segment.low)
+
     def rows(self, stack: Stack, counts: Sequence[int], scalars: Sequence[float]) -> list[Row]:
         """See `LlvmKernel.rows`."""
-        return [Row(arrays_of(one), scalars, one.offset, one.low) for one in stack.segments()]
+        return [self.row(*one, scalars) for one in zip(stack.segments(), counts, strict=True)]
 
     def run(self, rows: Sequence[Row], numel: int) -> None:
         """See `LlvmKernel.run`."""

@@ -4,7 +4,7 @@ Small calls must be cheap, so whatever can be known beforehand is.
 """
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -20,10 +20,10 @@ from shardstep.rules.backends.llvm.row import cuts, layout_of
 from shardstep.rules.backends.llvm.target import TargetUnsupported
 from shardstep.rules.backends.llvm.text import module_text
 from shardstep.rules.backends.llvm.threads import Call, run_all
-from shardstep.rules.binding import CODED, Binding, Lines, cut_states, scale_name
+from shardstep.rules.binding import CODED, Binding, Lines, arrays_of, cut_states, scale_name
 from shardstep.rules.ir import Phase
 from shardstep.types import BLOCK_NUMEL as BLOCK
-from shardstep.types import SCALED_NUMEL, Stack
+from shardstep.types import SCALED_NUMEL, Segment, Stack
 
 if TYPE_CHECKING:
     from shardstep.rules.backends.llvm.compiler import Loaded
@@ -120,6 +120,13 @@ class LlvmKernel:
         """Run it in place on one tensor; see `PhaseKernel`."""
         return self.many([Row(arrays, scalars, offset, low, lines)])[0]
 
+    def row(self, segment: Segment, count: int, scalars: Sequence[float]) -> bytes:
+        """What `run` takes for a segment of ``count`` elements, which must live until then; see `rows`."""
+        low, arrays = segment.low, arrays_of(segment)
+        if low is not None or self._writes_low:
+            return self._pack(*self._addresses(arrays, low), count, segment.offset, *scalars)
+        return self._pack(*[arrays[name].data_ptr() for name in self._names], 0, count, segment.offset, *scalars)
+
     def rows(self, stack: Stack, counts: Sequence[int], scalars: Sequence[float]) -> list[bytes]:
         """What `run` takes for a stack with these ``counts`` of elements and the binding's arrays, in its order.
 
@@ -128,17 +135,17 @@ class LlvmKernel:
         low = stack.first.low
         if self._writes_low if low is None else self._low is None:
             raise self._misfit(low)
-        pack, width = self._pack, stack.width
-        addresses = [*map(_address, stack.arrays)]
-        if self._takes_all:
-            each = zip(*[iter(addresses)] * width, strict=True)
-        else:
-            places = self._places if low is None else [*self._places, width - 1]
-            each = zip(*[addresses[place::width] for place in places], strict=True)
-        rows = zip(each, counts, stack.offsets, strict=True)
-        if low is None:
-            return [pack(*found, 0, count, offset, *scalars) for found, count, offset in rows]
-        return [pack(*found, count, offset, *scalars) for found, count, offset in rows]
+        addresses, pack, rows = map(_address, stack.arrays), self._pack, list[bytes]()
+        each: Iterable[Sequence[int]] = zip(*[addresses] * stack.width, strict=True)
+        if not self._takes_all:
+            places = self._places if low is None else [*self._places, -1]
+            each = ([found[place] for place in places] for found in each)
+        for found, count, offset in zip(each, counts, stack.offsets, strict=True):
+            if low is None:
+                rows.append(pack(*found, 0, count, offset, *scalars))
+            else:
+                rows.append(pack(*found, count, offset, *scalars))
+        return rows
 
     def run(self, rows: Sequence[bytes], numel: int) -> None:
         """Run it in place on many tensors, of ``numel`` elements in all: in one call or in a few by several threads."""
