@@ -6,9 +6,8 @@ on the shapes alone. Who owns which tensor, and how values travel, is the `Owner
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,114 +15,14 @@ from torch import Tensor
 from shardstep.rules import noise
 from shardstep.rules.backends import blocks
 from shardstep.rules.binding import Binding, PhaseKernel, check_dtypes, checked, compute_dtype
+from shardstep.rules.forms import Desk, Form, Kernels, Plan
 from shardstep.rules.hypers import Hypers, hypers_of
-from shardstep.rules.ir import Buffer, Product, Program, Step, Steps, Sweep, Turn
-from shardstep.rules.passes import cut_steps
-from shardstep.rules.scalars import Scalars, compile_scalars
+from shardstep.rules.ir import Product, Program, Sweep, Turn
 from shardstep.rules.variants import BackEnd
 from shardstep.rules.view import View, view_of
 from shardstep.types import Batch, Owners, Segment, Whole
 
 ProgramFor: TypeAlias = Callable[[Hypers, torch.dtype, torch.dtype | None], Program]
-
-_Kernels: TypeAlias = dict[int, PhaseKernel]
-"""Those of the sweeps of a form, by their place among its steps."""
-
-
-class _Form:
-    """The steps for one way that the conditions go, and what they need to run."""
-
-    def __init__(self, program: Program, compute: torch.dtype) -> None:
-        self.steps: Steps = cut_steps(program)
-        self.compute = compute
-        steps = self.steps
-        self.all = steps.all
-        self.head, self.tail = range(len(steps.head)), range(len(self.all) - len(steps.tail), len(self.all))
-        self.middle = range(self.head.stop, self.tail.start)
-        self.scalars: dict[int, Scalars] = {
-            place: compile_scalars(steps.program, _scalars_of(step)) for place, step in enumerate(self.all)
-        }
-        self.last = {buffer: place for place, step in enumerate(self.all) for buffer in step.buffers}
-        lines = enumerate(steps.program.instructions)
-        self.counts = [(n, line.operation) for n, line in lines if line.operation in ("numel", "rows", "columns")]
-        self.kernels: dict[tuple[Any, ...], _Kernels] = {}
-        self.plans: dict[range, _Plan] = {}
-        """For the steps at these places."""
-
-    def dtypes(self, buffers: Sequence[int]) -> list[torch.dtype]:
-        return [self.dtype(buffer) for buffer in buffers]
-
-    def dtype(self, buffer: int) -> torch.dtype:
-        return torch.bfloat16 if self.steps.buffers[buffer].narrow else self.compute
-
-    def extent(self, buffer: int, view: View) -> tuple[int, ...]:
-        """Of a whole buffer: that of one matrix, or of a batch of them."""
-        batch, *matrix = view.extent(self.steps.buffers[buffer].extent)
-        return tuple(matrix) if batch == 1 else (batch, *matrix)
-
-    def rounds(self, places: range) -> list[range]:
-        """``places`` cut after each sweep that makes sums."""
-        cuts = [place + 1 for place in places if isinstance(step := self.all[place], Sweep) and step.phase.sums]
-        bounds = [places.start, *cuts, places.stop]
-        return [range(a, b) for a, b in pairwise(bounds)]
-
-    def sums(self, places: range) -> tuple[tuple[str, int], ...]:
-        """What the last of ``places`` sums up: the operation, and the number of its value."""
-        step = self.all[places[-1]] if places else None
-        if not isinstance(step, Sweep):
-            return ()
-        return tuple((step.phase.body.instructions[inner].operation, outer) for inner, outer in step.phase.sums)
-
-
-class _Plan:
-    """Which buffers share memory at a desk, one after the other: those of one extent and dtype.
-
-    ``slots``: a buffer for which each memory is made; ``of``: the slot of each buffer.
-    """
-
-    def __init__(self, form: _Form, places: range, given: Sequence[int]) -> None:
-        self.slots: list[int] = []
-        self.of: dict[int, int] = {}
-        free: dict[Buffer, list[int]] = {}
-        for buffer in given:
-            self._take(form, buffer, free)
-        for place in places:
-            buffers = dict.fromkeys(form.all[place].buffers)
-            for buffer in buffers:
-                if buffer not in self.of:
-                    self._take(form, buffer, free)
-            for buffer in buffers:
-                if form.last[buffer] == place:
-                    free.setdefault(_kind(form, buffer), []).append(self.of[buffer])
-
-    def _take(self, form: _Form, buffer: int, free: dict[Buffer, list[int]]) -> None:
-        kept = free.get(_kind(form, buffer))
-        if not kept:
-            kept = [len(self.slots)]
-            self.slots.append(buffer)
-        self.of[buffer] = kept.pop()
-
-
-def _kind(form: _Form, buffer: int) -> Buffer:
-    return replace(form.steps.buffers[buffer], name="")
-
-
-class _Desk:
-    """Memory for whole tensors of one shape, one after the other, and the matrices in it."""
-
-    def __init__(self, form: _Form, plan: _Plan, view: View, places: range, device: torch.device) -> None:
-        extents = [form.extent(buffer, view) for buffer in plan.slots]
-        dtypes = form.dtypes(plan.slots)
-        matrices = [torch.empty(e, dtype=d, device=device) for e, d in zip(extents, dtypes, strict=True)]
-        both = [(matrix, matrix.mT) for matrix in matrices]
-        flat = [matrix.view(-1) for matrix in matrices]
-        self.buffers = {buffer: flat[slot] for buffer, slot in plan.of.items()}
-        self.products: dict[int, tuple[Tensor, ...]] = {}
-        for place in places:
-            step = form.all[place]
-            if not isinstance(step, Sweep):
-                slots = zip(step.buffers, step.turned, strict=True)
-                self.products[place] = tuple(both[plan.of[buffer]][flag] for buffer, flag in slots)
 
 
 @dataclass(slots=True)
@@ -133,8 +32,8 @@ class _Job:
     ``arrays``: param, grad and states of elements; ``squares``: states of square matrices, where the middle runs.
     """
 
-    form: _Form
-    kernels: _Kernels
+    form: Form
+    kernels: Kernels
     hypers: Hypers
     view: View
     arrays: Mapping[str, Tensor]
@@ -142,7 +41,7 @@ class _Job:
     offset: int
     device: torch.device
     low: Tensor | None = None
-    desk: _Desk | None = None
+    desk: Desk | None = None
     buffers: dict[int, Tensor] = field(default_factory=dict)
     known: dict[int, float] = field(default_factory=dict)
 
@@ -152,7 +51,7 @@ class MatrixUpdate:
 
     def __init__(self, program_for: ProgramFor, back_end: BackEnd) -> None:
         self._program_for, self._back_end = program_for, back_end
-        self._forms: dict[int, tuple[Program, _Form]] = {}
+        self._forms: dict[int, tuple[Program, Form]] = {}
 
     def moved_bytes(self, shape: tuple[int, ...], group: Hypers, compute: torch.dtype) -> tuple[int, int]:
         """The bytes of an element of a tensor that go to its owner, and that come back."""
@@ -184,7 +83,7 @@ class MatrixUpdate:
             job.buffers |= zip(job.form.steps.outward, values, strict=True)
         self._together(batch, jobs, forms, lambda form: form.tail)
 
-    def _together(self, batch: Batch, jobs: list[_Job], forms: list[_Form], places: Callable[[_Form], range]) -> None:
+    def _together(self, batch: Batch, jobs: list[_Job], forms: list[Form], places: Callable[[Form], range]) -> None:
         """One part of all jobs, in step with the other ranks where sums are made."""
         most = max((len(form.rounds(places(form))) for form in forms), default=0)
         for number in range(most):
@@ -224,13 +123,13 @@ class MatrixUpdate:
 
     # - forms and kernels
 
-    def _form_of(self, whole: Whole, group: Hypers) -> _Form:
+    def _form_of(self, whole: Whole, group: Hypers) -> Form:
         return self._form(_hypers_of(whole, group), whole.compute, None)
 
-    def _form(self, hypers: Hypers, compute: torch.dtype, rounded: torch.dtype | None) -> _Form:
+    def _form(self, hypers: Hypers, compute: torch.dtype, rounded: torch.dtype | None) -> Form:
         program = self._program_for(hypers, compute, rounded)
         if id(program) not in self._forms:
-            self._forms[id(program)] = program, _Form(program, compute)
+            self._forms[id(program)] = program, Form(program, compute)
         return self._forms[id(program)][1]
 
     def _job(self, segment: Segment, group: Hypers) -> _Job:
@@ -308,14 +207,7 @@ def _dtypes(arrays: Mapping[str, Tensor]) -> list[tuple[str, torch.dtype]]:
     return [(name, array.dtype) for name, array in arrays.items()]
 
 
-def _scalars_of(step: Step) -> Sequence[int]:
-    """The host's values that a step needs."""
-    if isinstance(step, Product):
-        return [number for number in (step.alpha, step.beta) if number is not None]
-    return step.phase.scalars if isinstance(step, Sweep) else ()
-
-
-def _at_desks(jobs: Sequence[_Job], used: Callable[[_Form], tuple[range, Sequence[int]]]) -> Iterator[_Job]:
+def _at_desks(jobs: Sequence[_Job], used: Callable[[Form], tuple[range, Sequence[int]]]) -> Iterator[_Job]:
     """The jobs, those of one form and shape one after the other at the same desk.
 
     ``used`` gives the places of the steps that are run there, and the buffers that are filled before.
@@ -326,8 +218,8 @@ def _at_desks(jobs: Sequence[_Job], used: Callable[[_Form], tuple[range, Sequenc
     for (_, view, device), together in alike.items():
         form, (places, given) = together[0].form, used(together[0].form)
         if places not in form.plans:
-            form.plans[places] = _Plan(form, places, given)
-        desk = _Desk(form, form.plans[places], view, places, device)
+            form.plans[places] = Plan(form, places, given)
+        desk = Desk(form, form.plans[places], view, places, device)
         for job in together:
             job.desk = desk
             yield job
@@ -337,7 +229,7 @@ def _hypers_of(whole: Whole, group: Hypers) -> dict[str, object]:
     return hypers_of(group, whole.step, whole.grad_scale, whole.shape, whole.compute)
 
 
-def _counted(form: _Form, view: View) -> Iterator[tuple[int, float]]:
+def _counted(form: Form, view: View) -> Iterator[tuple[int, float]]:
     return ((number, float(getattr(view, what))) for number, what in form.counts)
 
 
