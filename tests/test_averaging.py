@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn, update_bn
 
 import shardstep as ss
-from shardstep.sharding.shard import ByteReport
+from shardstep.sharding.handle import ByteReport
 from shardstep.sharding.whole import digest_of, whole_of
 from tests.sharding.models import BF16, Convolutions, Images, Tied, Tokens, train, two_groups
 

@@ -7,12 +7,15 @@
     batches    which samples are micro-batch k             agreement  do all ranks do the same?
     whole      gathered, state dicts, digest               memory, formula  bytes counted, bytes foretold
     averages   where averages of parameters lie            statistics  BatchNorm's, over the ranks' micro-batches
+    loans      shards that peers may take at any time      ownership  whole tensors, for products of matrices
+    states     optimizer state, out and in again           handle     what shard() returns
 
 This room never mentions a particular optimizer.
 """
 
 from shardstep.sharding.batches import MicroBatch
-from shardstep.sharding.shard import Sharded, shard
+from shardstep.sharding.handle import Sharded
+from shardstep.sharding.shard import shard
 from shardstep.sharding.whole import digest, gathered
 
 __all__ = ["MicroBatch", "Sharded", "digest", "gathered", "shard"]

@@ -1,32 +1,30 @@
-"""shard(): the one line that a training loop adds, and the handle it returns.
+"""shard(): the one line that a training loop adds.
 
 Checks what it is given, cuts the model into units, and puts the parts of the engine together. The model and
 the optimizer stay the objects that they were.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import nn
 
-from shardstep.collectives import Group, ProcessGroup, Traffic
-from shardstep.config import Precision, Schedule, StageChoice, UnitChoice, checked_schedule
+from shardstep.collectives import Group, ProcessGroup
+from shardstep.config import Precision, StageChoice, UnitChoice, checked_schedule
 from shardstep.errors import ConfigError, OwnershipError, RankMismatchError
 from shardstep.layout import fingerprint
 from shardstep.optim import Combined, Optimizer
 from shardstep.optim.unruled import refusal
 from shardstep.sharding.agreement import Agreement
 from shardstep.sharding.attached import Attached
-from shardstep.sharding.batches import BatchPlan, Collate, MapDataset, MicroBatch, micro_batches
 from shardstep.sharding.buffers import Buffers
 from shardstep.sharding.clip import clip_coefficient
 from shardstep.sharding.formula import Formula, SpaceSize
 from shardstep.sharding.gradients import Gradients
+from shardstep.sharding.handle import Sharded
 from shardstep.sharding.hooks import Hooks
 from shardstep.sharding.loans import Loan
-from shardstep.sharding.memory import Bytes, Ledger
+from shardstep.sharding.memory import Ledger
 from shardstep.sharding.modules import check_built, named_modules, seeds
 from shardstep.sharding.nonfinite import NonFiniteTrace
 from shardstep.sharding.space import Space
@@ -36,98 +34,6 @@ from shardstep.sharding.unfreezing import Unfreezing
 from shardstep.sharding.unit import Unit
 from shardstep.sharding.units import UnitPlan, plan_units
 from shardstep.sharding.whole import ATTRIBUTE, Whole
-
-
-@dataclass(frozen=True)
-class ByteReport:
-    """Bytes on this rank: at the peak so far, by the formula for the steps so far, and for one unsharded rank."""
-
-    peak: Bytes
-    formula: Bytes
-    unsharded: Bytes
-
-
-class Sharded:
-    """The handle of a sharded model and its optimizer."""
-
-    def __init__(
-        self,
-        units: list[Unit],
-        group: Group,
-        ledger: Ledger,
-        gradients: Gradients,
-        step: Step,
-        formula: Callable[[int], Formula],
-        seeds: list[nn.Parameter],
-    ) -> None:
-        self._seeds = seeds
-        self._units, self._group, self._ledger = units, group, ledger
-        self._gradients, self._step, self._formula = gradients, step, formula
-
-    @property
-    def rank(self) -> int:
-        return self._group.rank
-
-    @property
-    def world_size(self) -> int:
-        return self._group.size
-
-    @property
-    def schedule(self) -> Schedule:
-        """'per leaf' or 'per step'."""
-        return self._gradients.schedule
-
-    @property
-    def stages(self) -> dict[str, int]:
-        """The stage of each unit by its name, in declared order; '' is the root unit."""
-        return {unit.name: unit.stage.number for unit in self._units}
-
-    @property
-    def grad_norm(self) -> float | None:
-        """The norm of the last step's mean gradient before clipping; None when nothing clips."""
-        return self._step.grad_norm
-
-    @property
-    def step_count(self) -> int:
-        """Optimizer steps taken."""
-        return self._gradients.step
-
-    @property
-    def traffic(self) -> Traffic:
-        """Bytes sent, calls and seconds waited since shard(), counted at the one door."""
-        return self._group.traffic
-
-    def step_bytes(self, own_leaves: int = 1) -> int:
-        """Bytes that this rank sends in a step of ``own_leaves`` micro-batches on each rank, by the formula."""
-        return self._formula(own_leaves).traffic()
-
-    @property
-    def bytes(self) -> ByteReport:
-        """Parameters, gradients and optimizer state (averages are counted with it) in the engine's own buffers."""
-        averages = max(len(space.averages) for unit in self._units for space in unit.spaces)
-        formula = replace(self._formula(max(1, self._gradients.most_leaves)), averages=averages)
-        return ByteReport(self._ledger.peak, formula.peak(), formula.unsharded().peak())
-
-    def micro_batches(
-        self,
-        dataset: MapDataset,
-        *,
-        global_batch: int,
-        micro_batch: int,
-        seed: int,
-        epochs: int = 1,
-        start_step: int = 0,
-        collate: Collate | None = None,
-    ) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of ``global_batch`` samples a step, cut into ``micro_batch`` samples each.
-
-        The dataset is shuffled by the seed, the last partial global batch of an epoch is dropped, and the random
-        generators are seeded for each (seed, step, micro-batch), so nothing depends on the world size.
-        """
-        plan = BatchPlan(len(dataset), global_batch, micro_batch, seed, self.rank, self.world_size, self.schedule)
-        return micro_batches(
-            dataset, plan, plan.steps(epochs, start_step), collate, self._gradients.expect, self._seeds
-        )
 
 
 def shard(
