@@ -298,9 +298,12 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As torch's; what an older version has pickled gains the flags and the form of step counts of this one."""
+        defaults = dict(
+            state.get("defaults", {})
+        )  # torch adds to it; where there are none, groups were checked already
         super().__setstate__(state)
         for group in self.param_groups:
-            group.update(with_flags(group, self.rule, self.defaults))
+            group.update(with_flags(group, self.rule, defaults))
         for values in self.state.values():
             if "step" in values and not isinstance(values["step"], Tensor):
                 values["step"] = as_step(values["step"])
