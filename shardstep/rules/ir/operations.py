@@ -3,8 +3,7 @@
 Bits: `add sub mul div sqrt fma` round once, to nearest even. `minimum` and `maximum` give NaN if either is NaN, and
 +0 of zeros of either sign. `sign` gives 0 for NaN and zeros. `neg` and `abs` change the sign bit only. Comparisons
 with NaN are false, but for `ne`. Words wrap around. Which NaN a NaN is, is not fixed.
-`bfloat16` rounds once to bfloat16, to
-nearest even, and stays real.
+`bfloat16` rounds once to bfloat16, to nearest even, and stays real.
 `exp log tanh rsqrt pow` have no fixed bits of their own: a pass replaces them by the ones above.
 `mod` is Python's `%`, of numbers that the host computes only.
 """

@@ -5,8 +5,8 @@
     tail      passes over the elements that a rank has
 
 So arrays stay where they are stored, and only the values between the steps travel; states of square matrices are
-stored at the owner, and the middle reads and writes them. Where tensors are whole anyway the
-three follow one another, and nothing travels. Pure data.
+stored at the owner, and the middle reads and writes them. Where tensors are whole anyway the three follow one another,
+and nothing travels. Pure data.
 """
 
 from dataclasses import dataclass
