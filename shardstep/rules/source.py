@@ -50,7 +50,9 @@ def source_of(function: types.FunctionType) -> Source:
     lines = linecache.getlines(code.co_filename, function.__globals__)
     if not 0 < code.co_firstlineno <= len(lines):
         _refuse(function, "the source text cannot be had", "define the function in a file or in a notebook")
-    definition = _definition(_block(lines[code.co_firstlineno - 1 :]))
+    lines = lines[code.co_firstlineno - 1 :]
+    last = max(line for _, _, line in code.co_lines() if line is not None) - code.co_firstlineno
+    definition = _definition(_indented(lines, last)) or _definition(_block(lines))
     if definition is None or not _is_that(definition, code):
         hint = "it may have been edited since it was imported, or rewritten by another decorator or tool: start again"
         _refuse(function, "the source text is not that of the function", hint)
@@ -72,13 +74,25 @@ def argument_span(function: types.FunctionType, name: str) -> Span:
     return Span(file, first + begin, len(line) - len(line.lstrip()), first + begin, len(line))
 
 
+def _indented(lines: list[str], last: int) -> str:
+    """The lines of the definition, as far as they are indented after the ``last`` that has code: nearly always all."""
+    margin, end = len(lines[0]) - len(lines[0].lstrip()), last + 1
+    while end < len(lines) and (not lines[end].strip() or lines[end][: margin + 1].isspace()):
+        end += 1
+    return _alone(lines[:end])
+
+
 def _block(lines: list[str]) -> str:
-    """The lines of the definition, below ``if`` so that they may be indented and keep their columns."""
+    """The lines of the definition, found by their tokens: that is slow."""
     try:
-        block = inspect.getblock(lines)
+        return _alone(inspect.getblock(lines))
     except (SyntaxError, tokenize.TokenError):
-        block = lines
-    return "if 1:\n" + "".join(block) if lines[0][:1].isspace() else "\n" + "".join(block)
+        return _alone(lines)
+
+
+def _alone(block: list[str]) -> str:
+    """Below ``if``, so that they may be indented and keep their columns."""
+    return "if 1:\n" + "".join(block) if block[0][:1].isspace() else "\n" + "".join(block)
 
 
 def _definition(text: str) -> ast.FunctionDef | None:
