@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import StateDict
 
 from shardstep.errors import ConfigError, OwnershipError
+from shardstep.optim.loading import check_keys
 from shardstep.optim.optimizer import Optimizer
 from shardstep.rules.compiled import compile_rule
 from shardstep.rules.ir import State
@@ -161,22 +162,40 @@ class Combined(torch.optim.Optimizer):
         """As `Optimizer.load_state_dict`, each of the optimizers taking its groups and states. Raises ConfigError,
         before anything has changed, if anything does not fit. With a source attached, every rank must call it.
         """
-        if len(state_dict["param_groups"]) != len(self.param_groups):
-            raise ConfigError(
-                f"expected a state dict with {len(self.param_groups)} parameter groups, got "
-                f"{len(state_dict['param_groups'])}; combine the optimizers as when it was saved"
-            )
-        parts = [_part(state_dict, own) for own in self._ranges()]
+        parts: list[StateDict] = []
         arrived: dict[nn.Parameter, dict[str, Tensor]] = {}
-        for member, part in zip(self._members, parts, strict=True):
-            arrived.update(member.check_state_dict(part)[1])
-        for member, part in zip(self._members, parts, strict=True):
-            member.load_state_dict(part)
-        self.param_groups = self._groups()
-        if self._source is not None:
-            self._source.adopt_state(arrived)
-        else:
-            self.state = self._whole_state()
+
+        def take(_: torch.optim.Optimizer, given: StateDict) -> StateDict:
+            check_keys(given)
+            if len(given["param_groups"]) != len(self.param_groups):
+                raise ConfigError(
+                    f"expected a state dict with {len(self.param_groups)} parameter groups, got "
+                    f"{len(given['param_groups'])}; combine the optimizers as when it was saved"
+                )
+            parts.extend(_part(given, own) for own in self._ranges())
+            for member, part in zip(self._members, parts, strict=True):
+                arrived.update(member.check_state_dict(part)[1])
+            return {**given, "state": {}}
+
+        def put(_: torch.optim.Optimizer) -> None:
+            for member, part in zip(self._members, parts, strict=True):
+                member.load_state_dict(part)
+            self.param_groups = self._groups()
+            if self._source is not None:
+                self._source.adopt_state(arrived)
+            else:
+                self.state = self._whole_state()
+
+        # Hooks, so that the user's own hooks see the whole state before and after; ours run innermost.
+        handles = [
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(put, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _whole_state(self) -> defaultdict[Tensor, Any]:
         states: list[Mapping[Tensor, Any]] = [member.state for member in self._members]

@@ -28,17 +28,22 @@ StatesIn: TypeAlias = Callable[[Mapping[str, Any], int], Sequence[State]]
 _COMPARISONS: Final = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
 
 
-def checked_groups(state_dict: StateDict, groups: Sequence[Mapping[str, Any]], rule: Rule) -> list[dict[str, Any]]:
-    """Copies of the groups in ``state_dict``, with the flags that an older version did not save.
-
-    Raises ConfigError if they do not fit ``groups``, MissingKeyError if they lack what ``rule`` needs.
-    """
+def check_keys(state_dict: StateDict) -> None:
+    """Raise MissingKeyError for what no optimizer gave."""
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise MissingKeyError(
                 f"expected a state dict with 'state' and 'param_groups', got one without {key!r}; "
                 f"load what state_dict() of an optimizer gave"
             )
+
+
+def checked_groups(state_dict: StateDict, groups: Sequence[Mapping[str, Any]], rule: Rule) -> list[dict[str, Any]]:
+    """Copies of the groups in ``state_dict``, with the flags that an older version did not save.
+
+    Raises ConfigError if they do not fit ``groups``, MissingKeyError if they lack what ``rule`` needs.
+    """
+    check_keys(state_dict)
     saved = state_dict["param_groups"]
     sizes, own_sizes = ([len(group["params"]) for group in side] for side in (saved, groups))
     if sizes != own_sizes:

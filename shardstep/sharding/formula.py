@@ -3,7 +3,8 @@
 Persistent bytes follow from the stages alone. What is in flight follows from the order of events: gathers run
 `prefetch` units ahead of the declared order; leaves complete from the last unit to the first, the root's
 last; the exchanges of one unit are on their way at a time. Exact when every parameter gets a gradient, each unit's
-leaf is complete before the unit before it begins, and under the schedule per step the last micro-batch is known
+leaf is complete before the unit before it begins, a unit of several spaces gets its gradients in the reverse of the
+order in which its parameters are registered, and under the schedule per step the last micro-batch is known
 (`micro_batches` says so; a loop of one's own sends everything in `step()`). Nothing here allocates.
 """
 
@@ -26,7 +27,8 @@ from shardstep.sharding.tensor_states import States, dtype_of, in_all, in_some, 
 @dataclass(frozen=True)
 class SpaceSize:
     """What the formula needs to know of a space. ``rule``: the number of its rule; ``moved``: for one with matrix
-    products, the bytes of an element of each tensor that go to its owner and that come back.
+    products, the bytes of an element of each tensor that go to its owner and that come back; ``order``: the places of
+    its parameters among the model's, of which backward reaches the last ones first.
     """
 
     layout: Layout
@@ -36,6 +38,7 @@ class SpaceSize:
     states: States
     rule: int = 0
     moved: tuple[tuple[int, int], ...] = ()
+    order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,10 +138,9 @@ class Formula:
             flying: list[_Leaves] = []
             for unit in [*reversed(rest), root]:
                 landing, flying = flying, []
-                for leaves in {*root, *unit}:
+                for leaves in root:
                     leaves.open()
-                for leaves in unit:
-                    leaves.close()
+                for leaves in _completed(unit) if unit is not root else _closed(root):
                     if sends:
                         while landing:
                             landing.pop(0).land()
@@ -204,6 +206,11 @@ class _Leaves:
         self._leaf: Tensor | None = None
         self._sent: Partial | None = None
         self._received: list[Tensor] = []
+        self.order = space.order or tuple(range(len(space.layout.slots)))
+
+    def is_complete(self, place: int) -> bool:
+        """Whether all gradients are there when that of the parameter at ``place`` has arrived."""
+        return place <= min(self.order)
 
     def open(self) -> None:
         if self._leaf is None and self._kept is not None:
@@ -254,3 +261,22 @@ class _Leaves:
 
     def _take(self, numel: int, dtype: torch.dtype) -> Tensor:
         return self._ledger.take("gradients", numel, dtype)
+
+
+def _closed(root: list[_Leaves]) -> Iterator[_Leaves]:
+    """The root's leaves, which are open all the time, when their turn comes."""
+    for leaves in root:
+        leaves.close()
+        yield leaves
+
+
+def _completed(unit: list[_Leaves]) -> Iterator[_Leaves]:
+    """Open and close the leaves of a unit as gradients arrive, the last parameter's first; each when its turn comes."""
+    arriving = sorted(((place, leaves) for leaves in unit for place in leaves.order), key=lambda pair: -pair[0])
+    turns = list(unit)
+    for place, leaves in arriving:
+        leaves.open()
+        if leaves.is_complete(place):
+            leaves.close()
+        while turns and turns[0].is_complete(place):
+            yield turns.pop(0)

@@ -4,6 +4,7 @@ Checks what it is given, cuts the model into units, and puts the parts of the en
 the optimizer stay the objects that they were.
 """
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -93,19 +94,22 @@ def shard(
         setattr(module, ATTRIBUTE, whole)
     optimizer.attach(step)
 
+    order = {name: place for place, (name, _) in enumerate(model.named_parameters())}
+
     def formula(own_leaves: int) -> Formula:
-        sizes = [[_size(space, optimizer) for space in unit.spaces] for unit in built]
+        sizes = [[_size(space, optimizer, order) for space in unit.spaces] for unit in built]
         return Formula(sizes, ranks.size, own_leaves, prefetch, schedule_, ranks.rank)
 
     return Sharded(built, ranks, ledger, gradients, step, formula, seeds(model))
 
 
-def _size(space: Space, optimizer: Optimizer | Combined) -> SpaceSize:
+def _size(space: Space, optimizer: Optimizer | Combined, order: Mapping[str, int]) -> SpaceSize:
     moved = [optimizer.moved_bytes(p, space.precision.master) for p in space.parameters] if space.trained else []
     travelling = tuple(own for own in moved if own is not None)
     rule = optimizer.rule_of(space.parameters[0])
     states = [optimizer.states_of(parameter) for parameter in space.parameters]
-    return SpaceSize(space.layout, space.precision, space.trained, space.stage, states, rule, travelling)
+    places = tuple(order[slot.name] for slot in space.layout.slots)
+    return SpaceSize(space.layout, space.precision, space.trained, space.stage, states, rule, travelling, places)
 
 
 def _build(plans: list[UnitPlan], group: Group, ledger: Ledger) -> list[Unit]:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import shardstep as ss
 from shardstep.demo.gpt import GPT
-from shardstep.errors import ConfigError, OwnershipError
+from shardstep.errors import ConfigError, MissingKeyError, OwnershipError
 from tests.sharding.models import BF16, Tied, Tokens
 from tests.sharding.test_bytes import CONFIG, train_steps
 
@@ -156,6 +156,8 @@ def test_ill_use():
     with pytest.raises(ConfigError, match="lr ≥ 0"):
         optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["lr"] == 0.02
+    with pytest.raises(MissingKeyError, match="got one without 'state'"):
+        optimizer.load_state_dict({"param_groups": state["param_groups"]})
     with pytest.raises(ConfigError, match="2 parameter groups, got 1"):
         optimizer.load_state_dict({"state": {}, "param_groups": state["param_groups"][:1]})
     ss.shard(model, optimizer)
@@ -168,8 +170,88 @@ def test_ill_use():
         optimizer.attach(None)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_hooks_see_what_is_loaded_and_what_came_of_it(sharded):
+    saved = trained({"stage": 0})[1].state_dict()
+    model = Tied()
+    optimizer = ss.optim.Combined(*members(model))
+    if sharded:
+        ss.shard(model, optimizer, stage=0)
+    seen = []
+
+    def change(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+        seen.append(len(given["state"]))
+        first, *others = given["param_groups"]
+        return {**given, "param_groups": [{**first, "lr": 0.25}, *others]}
+
+    optimizer.register_load_state_dict_pre_hook(change)
+    optimizer.register_load_state_dict_post_hook(lambda own: seen.append(own.param_groups[0]["lr"]))
+    optimizer.load_state_dict(saved)
+    assert seen == [len(saved["state"]), 0.25]
+    assert optimizer.param_groups[0] is optimizer.optimizers[0].param_groups[0]
+    found = optimizer.state_dict()["state"]
+    assert found.keys() == saved["state"].keys()
+    for key, states in saved["state"].items():
+        assert all(torch.equal(found[key][name], values) for name, values in states.items())
+
+
 def test_a_parameter_in_none_of_them_is_named():
     model = Tied()
     muon, _ = members(model)
     with pytest.raises(OwnershipError, match="is in none of its param_groups"):
         ss.shard(model, ss.optim.Combined(muon))
+
+
+class Feed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(40), nn.Linear(40, 90), nn.Linear(90, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Feeds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Feed() for _ in range(3))
+        self.head = nn.Linear(40, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x).sum()
+
+
+RULES: dict[str, Any] = {
+    "one after the other": lambda name: 0 if "up" in name else 1 if "down" in name else 2,
+    "mixed": lambda name: 0 if "weight" in name else 1 if "norm" in name or "up" in name else 2,
+}
+
+
+def bytes_with_three_rules(how: str, stages: tuple[Any, ...], leaves: int) -> list[tuple[Any, Any]]:
+    found = []
+    for stage in stages:
+        model = Feeds()
+        members: list[list[nn.Parameter]] = [[], [], []]
+        for name, parameter in model.named_parameters():
+            members[RULES[how](name)].append(parameter)
+        kinds = (ss.optim.AdamW, ss.optim.SGD, ss.optim.RMSprop)
+        optimizer = ss.optim.Combined(*(kind(params) for kind, params in zip(kinds, members, strict=True)))
+        sharded = ss.shard(model, optimizer, stage=stage)
+        for _ in range(2):
+            for _ in range(leaves):
+                model(torch.ones(2, 40)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append((sharded.bytes.peak, sharded.bytes.formula))
+    return found
+
+
+@pytest.mark.parametrize("leaves", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("how", RULES)
+def test_units_of_three_spaces_take_the_bytes_of_the_formula(ranks, how, world_size, leaves):
+    for found in ranks(world_size).run(bytes_with_three_rules, how, (0, 1, 2, 3, MIXED), leaves):
+        for peak, formula in found:
+            assert peak == formula
