@@ -1,16 +1,17 @@
 """What a parameter is while its unit is freed: shape, dtype and name stay, the values are gone.
 
-Swapping the class is what makes a read of freed memory an error instead of a crash: while a parameter is
-whole it is an ordinary ``nn.Parameter`` and costs nothing extra. Nothing here gathers or frees memory.
+Swapping the class is what makes a read of freed memory noticed: while a parameter is whole it is an ordinary
+``nn.Parameter`` and costs nothing extra. A read inside a forward of the model gathers the parameter's unit late; any
+other is an error. Nothing here gathers or frees memory itself.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from shardstep.errors import FreedParameterError
+from shardstep.errors import ConfigError, FreedParameterError
 
 _WITHOUT_VALUES = frozenset(
     """
@@ -23,12 +24,30 @@ _WITHOUT_VALUES = frozenset(
 )
 """What a freed parameter still answers; everything else would read memory that is not there."""
 
+_IN_PLACE = frozenset("__setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__".split())
+
+
+class Home(Protocol):
+    """The flat space that a parameter belongs to."""
+
+    unit_name: str
+
+    def name_of(self, parameter: nn.Parameter) -> str: ...
+
+    def gather_late(self) -> bool:
+        """Make the parameters whole if a forward of the model is running; whether one is."""
+        ...
+
 
 class FreedParameter(nn.Parameter):
     """A parameter whose values are spread over the ranks until its unit is gathered again."""
 
-    shardstep_name: str
-    shardstep_unit: str
+    home: Home
+
+    @classmethod
+    def of(cls, home: Home) -> type["FreedParameter"]:
+        """The class of the freed parameters of one flat space."""
+        return type(cls.__name__, (cls,), {"home": home})
 
     @classmethod
     def __torch_function__(
@@ -38,23 +57,42 @@ class FreedParameter(nn.Parameter):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if _called_name(func) in _WITHOUT_VALUES:
+        name = _called_name(func)
+        if name in _WITHOUT_VALUES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         freed = next(arg for arg in _flatten(args, kwargs) if isinstance(arg, FreedParameter))
-        raise FreedParameterError(_sentence(freed, _called_name(func)))
+        if _writes(func, name, freed, args, kwargs) or not freed.home.gather_late():
+            raise FreedParameterError(_sentence(freed, name))
+        return func(*args, **(kwargs or {}))  # the parameter is an ordinary one now
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return (
-            f"Parameter {self.shardstep_name!r} of shape {tuple(self.shape)}, {self.dtype}, freed "
-            f"(its unit {self.shardstep_unit!r} is not gathered)"
+            f"Parameter {self.home.name_of(self)!r} of shape {tuple(self.shape)}, {self.dtype}, freed "
+            f"(its unit {self.home.unit_name!r} is not gathered)"
         )
 
     def __format__(self, spec: str) -> str:
         return format(repr(self), spec)
 
     def __deepcopy__(self, memo: object) -> Tensor:
-        raise FreedParameterError(_sentence(self, "deepcopy"))
+        raise ConfigError(NOT_COPIED)
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise ConfigError(NOT_COPIED)
+
+
+class NotCopied:
+    """A part of the engine that modules refer to: copying or pickling the model meets it, and is told."""
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise ConfigError(NOT_COPIED)
+
+
+NOT_COPIED = (
+    "expected a model that is not sharded to copy or pickle, got one whose values are spread over the ranks: copy it "
+    "before shard(), or save model.state_dict() and load that into a model built anew"
+)
 
 
 def _called_name(func: Callable[..., Any]) -> str:
@@ -63,6 +101,15 @@ def _called_name(func: Callable[..., Any]) -> str:
     if name in ("__get__", "__set__"):
         return str(getattr(getattr(func, "__self__", None), "__name__", name))
     return name
+
+
+def _writes(func: Any, name: str, freed: Any, args: Sequence[Any], kwargs: dict[str, Any] | None) -> bool:
+    """Whether the call would write into the parameter; what it wrote would be lost when the unit is freed again."""
+    if freed is (kwargs or {}).get("out"):
+        return True
+    in_place = name in _IN_PLACE or getattr(func, "__name__", "") == "__set__"
+    in_place = in_place or (name.endswith("_") and not name.endswith("__"))
+    return in_place and bool(args) and args[0] is freed
 
 
 def _flatten(args: Sequence[Any], kwargs: dict[str, Any] | None) -> list[Any]:
@@ -74,10 +121,12 @@ def _flatten(args: Sequence[Any], kwargs: dict[str, Any] | None) -> list[Any]:
 
 
 def _sentence(parameter: FreedParameter, what: str) -> str:
-    owner = parameter.shardstep_name.rpartition(".")[0] or "the model"
-    unit = f"unit {parameter.shardstep_unit!r}" if parameter.shardstep_unit else "the root unit"
+    name, unit_name = parameter.home.name_of(parameter), parameter.home.unit_name
+    owner = name.rpartition(".")[0] or "the model"
+    unit = f"unit {unit_name!r}" if unit_name else "the root unit"
     return (
-        f"{what} needs the values of {parameter.shardstep_name!r}, which are freed: they are whole only inside the "
-        f"forward and backward of {unit}, and {owner!r} was used outside it; call the model itself, or read and "
-        f"write parameters inside 'with shardstep.gathered(model):'"
+        f"{what} needs the values of {name!r}, which are freed: they are whole only inside the "
+        f"forward and backward of {unit}, and {owner!r} was used outside it; call the model itself, or make the method "
+        f"that is called an entry with sharded.add_entry('<method>'), or read and write parameters inside "
+        f"'with shardstep.gathered(model):'"
     )

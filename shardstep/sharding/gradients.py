@@ -51,7 +51,7 @@ class Gradients:
         self.unscaling = 1.0
         """What this step's gradients are multiplied by because the loss was scaled."""
         self._infinite: bool | None = None
-        self._spent = False
+        self._spent = self._mixed = self._broken = self._arrived = False
         self._group, self._ledger, self._agreement = group, ledger, agreement
         self._expected_leaves: int | None = None
         self._open: set[int] = set()
@@ -61,7 +61,7 @@ class Gradients:
 
     def collect(self, spaces: list[Space]) -> None:
         """Collect the gradients of these spaces from the next step on; the root's come first among them."""
-        for space in spaces:
+        for space in (space for space in spaces if not space.stand_ins):
             names = [slot.name for slot in space.layout.slots]
             pairs = zip(space.parameters, names, strict=True)
             space.stand_ins = [StandIn(parameter, name, self.unscale) for parameter, name in pairs]
@@ -74,11 +74,12 @@ class Gradients:
 
     def begin_backward(self) -> None:
         """Open the next leaf."""
-        if self._spent:
+        if self._broken:
             raise SequenceError(
-                "expected optimizer.zero_grad() between optimizer.step() and the next backward(): the step has used "
-                "up the gradients, and nothing can be added to them"
+                "expected optimizer.zero_grad() after a backward() that was left by an exception, got another "
+                "backward(): some of the gradients of the first one are there and others are not"
             )
+        self._discard_what_was_zeroed()
         if self._infinite is not None:
             raise SequenceError(
                 "expected optimizer.step() or optimizer.zero_grad() after the gradients were unscaled, got another "
@@ -88,22 +89,54 @@ class Gradients:
             space.withdraw_stand_ins()
         self._agreement.announce(Act.BACKWARD, self.step, self.leaves)
         self._open, self._turn = {space.tag for space in self._spaces}, 0
-        self.in_backward = True
+        self.in_backward, self._arrived = True, False
 
-    def arrived(self, space: Space, index: int) -> bool:
-        """Take parameter ``index``'s gradient; True when it completed the space's leaf, which is then sent."""
+    def prepare_step(self) -> None:
+        """Forget what was zeroed, and raise if there is something else that a step cannot be made of."""
+        self._discard_what_was_zeroed()
+        if self._mixed:
+            raise SequenceError(
+                "expected zero_grad() between optimizer.step() and the next backward(): the step has used up its "
+                "gradients, and nothing could be added to them; call optimizer.zero_grad() or model.zero_grad()"
+            )
+
+    def _discard_what_was_zeroed(self) -> None:
+        """Whoever sets ``p.grad`` to None, as model.zero_grad() does, means the gradient that it stands for."""
+        given, there = (sum(counts) for counts in zip(*(space.standing() for space in self._spaces), strict=True))
+        if given and not there:
+            self.discard()
+        elif there < given:
+            raise SequenceError(
+                f"expected zero_grad() for all trained parameters of a sharded model or for none, but {given - there} "
+                f"of {given} gradients were set to None or replaced; call optimizer.zero_grad()"
+            )
+
+    def arrived(self, space: Space, index: int) -> None:
+        """Take parameter ``index``'s gradient; the last one of a leaf completes it, and it is sent."""
         if space.tag not in self._open:
             raise SequenceError(
                 f"the gradient of {space.layout.slots[index].name!r} arrived after the leaf of {space.where} was "
                 f"complete; a parameter may receive its gradient once in a backward pass"
             )
-        if not space.write_leaf(index):
-            return False
-        self._complete(space)
-        return True
+        if not self._arrived:
+            self._begin_leaf()
+        if space.write_leaf(index):
+            self._complete(space)
+
+    def _begin_leaf(self) -> None:
+        self._arrived = True
+        self._mixed = self._mixed or self._spent
 
     def end_backward(self) -> None:
-        """Complete the leaves of spaces with unused parameters and wait for what is on its way."""
+        """Complete the leaves of spaces with unused parameters and wait for what is on its way.
+
+        A pass that gave no parameter a gradient (torch.autograd.grad for other tensors) was no micro-batch.
+        """
+        if not self._arrived:
+            self.in_backward = False
+            for space in self._spaces:
+                space.return_stand_ins()
+            return
         for space in self._turns:
             if space.tag in self._open:
                 self._complete(space)
@@ -112,6 +145,10 @@ class Gradients:
         self.leaves += 1
         self.most_leaves = max(self.most_leaves, self.leaves)
         self.in_backward = False
+
+    def leave_backward(self) -> None:
+        """The pass was left by an exception: what it has gathered cannot be used."""
+        self.in_backward, self._broken = False, self._arrived
 
     def finish(self) -> None:
         """Send what the schedule per step has kept back."""
@@ -136,19 +173,25 @@ class Gradients:
 
     def discard(self) -> None:
         """Forget all leaves, and allow the next backward pass."""
+        self._forget()
+        for space in self._spaces:
+            space.drop_stand_ins()
+        self._spent = self._mixed = self._broken = False
+
+    def spend(self) -> None:
+        """The step is done: its gradients are gone, and what is added before ``discard`` could not be stepped with."""
+        self._forget()
+        self.step += 1
+        self._spent = True
+
+    def _forget(self) -> None:
         self._agreement.confirm()
         self._land()
         self.in_backward = False
         for space in self._spaces:
             space.drop_gradients()
-        self.leaves, self._expected_leaves, self._spent = 0, None, False
+        self.leaves, self._expected_leaves = 0, None
         self.unscaling, self._infinite = 1.0, None
-
-    def spend(self) -> None:
-        """The step is done: its gradients are gone, and the next backward pass needs ``discard`` first."""
-        self.discard()
-        self.step += 1
-        self._spent = True
 
     def _complete(self, space: Space) -> None:
         self._open.discard(space.tag)

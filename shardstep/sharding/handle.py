@@ -13,6 +13,7 @@ from shardstep.config import Schedule
 from shardstep.sharding.batches import BatchPlan, Collate, MapDataset, MicroBatch, micro_batches
 from shardstep.sharding.formula import Formula
 from shardstep.sharding.gradients import Gradients
+from shardstep.sharding.hooks import Hooks
 from shardstep.sharding.memory import Bytes, Ledger
 from shardstep.sharding.step import Step
 from shardstep.sharding.unit import Unit
@@ -39,8 +40,9 @@ class Sharded:
         step: Step,
         formula: Callable[[int], Formula],
         seeds: list[nn.Parameter],
+        hooks: Hooks,
     ) -> None:
-        self._seeds = seeds
+        self._seeds, self._hooks = seeds, hooks
         self._units, self._group, self._ledger = units, group, ledger
         self._gradients, self._step, self._formula = gradients, step, formula
 
@@ -76,6 +78,13 @@ class Sharded:
     def traffic(self) -> Traffic:
         """Bytes sent, calls and seconds waited since shard(), counted at the one door."""
         return self._group.traffic
+
+    def add_entry(self, name: str) -> None:
+        """Let a method of the model be called as the model itself is: ``sharded.add_entry("encode")``.
+
+        Modules of the model may be called by themselves without this. It is for methods that read parameters.
+        """
+        self._hooks.add_entry(name)
 
     def step_bytes(self, own_leaves: int = 1) -> int:
         """Bytes that this rank sends in a step of ``own_leaves`` micro-batches on each rank, by the formula."""

@@ -1,13 +1,15 @@
 """When units are gathered and freed: hooks on their modules' forward, outputs and parameters.
 
-Forward: gather the unit, begin to gather the next ones in declared order, free it after. Backward: the same
-from the other end; a unit is freed as soon as its leaf is complete. What backward begins with, the root and as
-many of the last units as are whole at once anyway, stays whole over the turn. A module that runs out of the
-declared order is gathered late, and nothing else changes. This room decides when; `Space` and `Gradients` do it.
+Forward: gather the unit, begin to gather the next ones in declared order, free it after. Backward: the same from the
+other end; a unit is freed when backward reaches another one and is done with it (see the note in `calls`). What
+backward begins with, the root and as many of the last units as are whole at once anyway, stays whole over the turn.
+A module that runs out of the declared order is gathered late, and so is a unit whose parameters another one uses; the
+latter is remembered, and both are gathered together from then on. A call of a part of the root unit, outside the
+model's own forward, gathers the root. This room decides when; `Space` and `Gradients` do it.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,11 @@ from torch.autograd import Variable
 from shardstep.errors import CollectiveError
 from shardstep.sharding.agreement import Act, Agreement
 from shardstep.sharding.attached import Attached
+from shardstep.sharding.calls import Call, Calls, Live
+from shardstep.sharding.freed import NotCopied
 from shardstep.sharding.gradients import Gradients
+from shardstep.sharding.modules import named_children
+from shardstep.sharding.outputs import tensors_at, tensors_in, written_attributes
 from shardstep.sharding.space import Space
 from shardstep.sharding.unit import Unit
 
@@ -36,119 +42,218 @@ class Hooks:
     ) -> None:
         self._units, self._gradients, self._agreement, self._attached = units, gradients, agreement, attached
         self._prefetch, self._input_dtype = prefetch, input_dtype
-        self._depth = 0
-        self._lost = False
-        self._ready = [0] * len(units)
+        self._calls, self._live = Calls(len(units)), Live()
+        self._pinned: set[int] = set()
+        """Units that are freed when backward is over, and not before."""
+        self._attributes: dict[int, list[tuple[nn.Module, str]]] = {}
+        """For each unit the attributes in which its modules leave tensors, as found in its first forward."""
+        self._lost = self._differentiable = self._kept = False
+        """``_differentiable``: this backward pass makes a graph of its own; ``_kept``: the one before did, and what
+        was gathered for it stays."""
         for order, unit in enumerate(units):
             self._install(order, unit)
+        if any(unit.stage.shard_params for unit in units):
+            for module in _rest_of_root(units):
+                self._hook(0, module, inner=True)
 
     def _install(self, order: int, unit: Unit) -> None:
-        def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            return self._before_forward(order, args, kwargs)
-
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            self._after_forward(order, output)
-
-        unit.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
-        unit.module.register_forward_hook(after, always_call=True)
+        self._hook(order, unit.module, inner=False)
         for space in unit.spaces:
+            space.late = partial(self._gather_late, order)
             for index in range(len(space.parameters) if space.trained else 0):
                 self.await_gradient(space, index)
 
+    def _hook(self, order: int, module: nn.Module, *, inner: bool) -> None:
+        module.register_forward_pre_hook(_Before(self, order, inner), prepend=True, with_kwargs=True)
+        module.register_forward_hook(_After(self), always_call=True)
+
     def await_gradient(self, space: Space, index: int) -> None:
         """Collect what autograd accumulates for a parameter from now on."""
-        order = next(order for order, unit in enumerate(self._units) if space in unit.spaces)
         hooked: Any = space.parameters[index]  # torch leaves this untyped
-        hooked.register_post_accumulate_grad_hook(self._arrival(order, space, index))
+        hooked.register_post_accumulate_grad_hook(self._arrival(space, index))
 
     # - forward
 
-    def _before_forward(self, order: int, args: Any, kwargs: Any) -> Any:
-        self._depth += 1
-        if self._depth == 1 and not self._gradients.in_backward:
+    def runs_another(self, module: nn.Module) -> bool:
+        """Whether a forward of the model is running, and not one of this module that was the last to begin."""
+        return bool(self._calls.running) and self._calls.running[-1].module is not module
+
+    def before_forward(self, order: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        outermost = not self._calls.running
+        self._calls.enter(order, module)
+        in_backward = self._is_in_backward()
+        if outermost and not in_backward:
             self._begin_forward()
-        self._gather(order, self._units[order + 1 : order + 1 + self._prefetch], "forward")
+        ahead = range(0)
+        if module is self._units[order].module:
+            ahead = self._before(order) if in_backward else self._after(order)
+        if outermost and in_backward:
+            self._free_done(None, {order, *self._calls.needs[order], *ahead})
+        self._gather(order, ahead, "backward" if in_backward else "forward")
         if order == 0 and self._input_dtype is not None:
             return _cast(args, self._input_dtype), _cast(kwargs, self._input_dtype)
         return None
+
+    def _is_in_backward(self) -> bool:
+        """Whether this forward is a part of a backward pass (a checkpoint's); if so, that pass has begun."""
+        if torch._C._current_graph_task_id() >= 0:
+            self._enter_backward()
+        elif self._gradients.in_backward:
+            self._gradients.leave_backward()
+        return self._gradients.in_backward
 
     def _begin_forward(self) -> None:
         self._attached.check()
         if any(map(_communicates, self._units)):
             self._agreement.announce(Act.FORWARD, self._gradients.step, self._gradients.leaves)
 
-    def _after_forward(self, order: int, output: Any) -> None:
-        self._depth -= 1
-        if self._lost:
+    def after_forward(self, module: nn.Module, output: Any) -> None:
+        call = self._calls.leave(module)
+        if call is None or self._lost:
             return
-        unit = self._units[order]
-        turning = torch.is_grad_enabled() and self._expect_backward(order, output)
-        if self._gradients.in_backward:
+        turning = torch.is_grad_enabled() and self._expect_backward(call, output)
+        if self._gradients.in_backward or self._kept:
             return
-        if not (turning and self._begins_backward(order)):
-            unit.free()
-        if self._depth == 0:
-            for other, unit in enumerate(self._units):
-                if not (turning and self._begins_backward(other)):
-                    unit.free()
+        needed = self._calls.busy() | self._pinned
+        unneeded = [call.order, *self._calls.needs[call.order]] if self._calls.running else range(len(self._units))
+        for order in unneeded:
+            if order not in needed and not (turning and self._begins_backward(order)):
+                self._units[order].free()
 
-    def _expect_backward(self, order: int, output: Any) -> bool:
+    def _expect_backward(self, call: Call, output: Any) -> bool:
         """Have backward gather the unit when it reaches one of its outputs; False when it never will."""
-        reached = [tensor for tensor in tensors_in(output) if tensor.requires_grad and tensor.grad_fn is not None]
+        tensors, hidden = tensors_in(output)
+        unit = self._units[call.order]
+        if unit.stage.shard_params and unit.module is call.module:
+            if call.order not in self._attributes:
+                self._attributes[call.order] = written_attributes(call.module)
+            tensors += tensors_at(self._attributes[call.order])
+            self._keep_what_leaves(call.order, tensors)
+        reached = [tensor for tensor in tensors if tensor.requires_grad and tensor.grad_fn is not None]
         for tensor in reached:
             hooked: Any = tensor  # torch leaves this untyped
-            hooked.register_hook(lambda grad: self._before_backward(order))
-        return bool(reached)
+            hooked.register_hook(partial(self._before_backward, call))
+        if hidden:
+            self._pinned.add(call.order)
+        return hidden or bool(reached)
+
+    def _keep_what_leaves(self, order: int, tensors: list[Tensor]) -> None:
+        """A view of a parameter among the outputs keeps the unit whole where the output is used."""
+        if any(
+            type(tensor) is Tensor and space.holds(tensor) for tensor in tensors for space in self._units[order].spaces
+        ):
+            if self._calls.running:
+                self._calls.note_use(order)
+            else:
+                self._pinned.add(order)
+
+    def _gather_late(self, order: int) -> bool:
+        """Gather a unit whose parameters are used outside it; False when no module of the model is running."""
+        if not self._calls.running and torch._C._current_graph_task_id() < 0:
+            return False
+        if self._calls.running:
+            self._calls.note_use(order)
+        else:
+            self._pinned.add(order)
+        in_backward = self._is_in_backward()
+        if in_backward:
+            self._live.reached(order, 0, 0)
+        self._gather(order, (), "backward" if in_backward else "forward")
+        return True
 
     def _begins_backward(self, order: int) -> bool:
         return begins_backward(order, len(self._units), self._prefetch)
 
+    def add_entry(self, name: str) -> None:
+        """Treat a method of the model as its forward is treated."""
+        root = self._units[0].module
+        method = getattr(root, name)
+
+        def entry(*args: Any, **kwargs: Any) -> Any:
+            if self._calls.running:
+                return method(*args, **kwargs)
+            output = None
+            try:
+                args, kwargs = self.before_forward(0, root, args, kwargs) or (args, kwargs)
+                output = method(*args, **kwargs)
+            finally:
+                self.after_forward(root, output)
+            return output
+
+        setattr(root, name, entry)
+
     # - backward
 
-    def _before_backward(self, order: int) -> None:
+    def _before_backward(self, call: Call, grad: Tensor) -> None:
         self._enter_backward()
-        position = order or len(self._units)
-        ahead = self._units[max(position - self._prefetch, 1) : position]
-        self._gather(order, ahead[::-1], "backward")
+        self._differentiable = self._differentiable or torch.is_grad_enabled()
+        task = torch._C._current_graph_task_id()
+        needed = {call.order, *self._calls.needs[call.order]}
+        for order in needed:
+            self._live.reached(order, call.start, task)
+        ahead = self._before(call.order) if call.module is self._units[call.order].module else range(0)
+        self._free_done(call, needed.union(ahead))
+        self._gather(call.order, ahead, "backward")
 
-    def _arrival(self, order: int, space: Space, index: int) -> Callable[[Tensor], None]:
+    def _free_done(self, call: Call | None, needed: set[int]) -> None:
+        """Free what this pass is done with when it reaches ``call``, or a part of it runs forward again."""
+        if not self._differentiable and not self._kept:
+            task = torch._C._current_graph_task_id()
+            for order in self._live.take_done(call, task, needed | self._pinned):
+                self._units[order].free()
+
+    def _arrival(self, space: Space, index: int) -> Callable[[Tensor], None]:
+        gradients = self._gradients
+
         def arrived(parameter: Tensor) -> None:
-            self._enter_backward()
-            if self._gradients.arrived(space, index):
-                self._ready[order] += 1
-                unit = self._units[order]
-                if self._ready[order] == len(unit.spaces):
-                    unit.free()
+            if not gradients.in_backward:
+                self._enter_backward()
+            gradients.arrived(space, index)
 
         return arrived
 
     def _enter_backward(self) -> None:
         if not self._gradients.in_backward:
             self._gradients.begin_backward()
-            self._ready = [0] * len(self._units)
+            self._differentiable = False
+            self._live.begin_pass([order for order, unit in enumerate(self._units) if unit.is_whole])
             Variable._execution_engine.queue_callback(self._after_backward)
 
     def _after_backward(self) -> None:
         self._gradients.end_backward()
-        for unit in self._units:
-            unit.free()
+        self._kept = self._differentiable
+        if not self._kept:
+            self._pinned.clear()
+            for unit in self._units:
+                unit.free()
 
     # - both
 
-    def _gather(self, order: int, ahead: list[Unit], direction: str) -> None:
-        unit = self._units[order]
-        if not _communicates(unit) and not any(map(_communicates, ahead)):
+    def _after(self, order: int) -> range:
+        return range(order + 1, min(order + 1 + self._prefetch, len(self._units)))
+
+    def _before(self, order: int) -> range:
+        position = order or len(self._units)
+        return range(position - 1, max(position - self._prefetch, 1) - 1, -1)
+
+    def _gather(self, order: int, ahead: Iterable[int], direction: str) -> None:
+        wanted = [order, *self._calls.needs[order]]
+        if not any(_communicates(self._units[other]) for other in (*wanted, *ahead)):
             return
         phase = f"{direction} of step {self._gradients.step}"
         try:
             self._agreement.confirm()  # first: what peers lend may be what they are updating until they come here too
-            unit.start_gather(phase)
+            for other in wanted:
+                self._units[other].start_gather(phase)
             for other in ahead:
-                other.start_gather(phase, ahead=True)
-            unit.finish_gather()
+                self._units[other].start_gather(phase, ahead=True)
+            for other in wanted:
+                self._units[other].finish_gather()
         except CollectiveError:
             self._lost = True  # what is on its way may never arrive: nothing must wait for it on the way out
             raise
+        if self._gradients.in_backward:
+            self._live.add([*wanted, *ahead])
 
 
 def begins_backward(order: int, units: int, prefetch: int) -> bool:
@@ -160,19 +265,40 @@ def _communicates(unit: Unit) -> bool:
     return any(space.communicates for space in unit.spaces)
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists, mappings and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, field.name))
+def _rest_of_root(units: list[Unit]) -> Iterator[nn.Module]:
+    """The modules of the root unit, without the root itself."""
+    seen = {id(unit.module) for unit in units}
+
+    def visit(module: nn.Module) -> Iterator[nn.Module]:
+        for _, child in named_children(module):
+            if id(child) not in seen:
+                seen.add(id(child))
+                yield child
+                yield from visit(child)
+
+    return visit(units[0].module)
+
+
+class _Before(NotCopied):
+    """Runs before the forward of a unit; or of an ``inner`` module of the root, if the model's own does not run."""
+
+    def __init__(self, hooks: Hooks, order: int, inner: bool) -> None:
+        self._hooks, self._order, self._inner = hooks, order, inner
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if self._inner and self._hooks.runs_another(module):
+            return None
+        return self._hooks.before_forward(self._order, module, args, kwargs)
+
+
+class _After(NotCopied):
+    """Runs after a forward, also one that raised."""
+
+    def __init__(self, hooks: Hooks) -> None:
+        self._hooks = hooks
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._hooks.after_forward(module, output)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -100,7 +100,7 @@ def shard(
         sizes = [[_size(space, optimizer, order) for space in unit.spaces] for unit in built]
         return Formula(sizes, ranks.size, own_leaves, prefetch, schedule_, ranks.rank)
 
-    return Sharded(built, ranks, ledger, gradients, step, formula, seeds(model))
+    return Sharded(built, ranks, ledger, gradients, step, formula, seeds(model), hooks)
 
 
 def _size(space: Space, optimizer: Optimizer | Combined, order: Mapping[str, int]) -> SpaceSize:

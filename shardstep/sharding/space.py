@@ -16,6 +16,8 @@
 A space gathers, frees and holds; when to do so is decided in `hooks` and `step`.
 """
 
+from collections.abc import Callable, Set
+
 import torch
 from torch import Tensor, nn
 
@@ -69,6 +71,9 @@ class Space:
         """Whether the parameters have changed places with an average."""
         self._group, self._ledger = group, ledger
         self._classes = [type(parameter) for parameter in parameters]
+        self._freed_class = FreedParameter.of(self)
+        self.late: Callable[[], bool] = _never
+        """What gathers the parameters when a forward uses them while they are freed."""
         self.loan: Loan | None = None
         """Where a shard of the parameters is lent to the peers."""
         self._gathering: Pending | None = None
@@ -76,7 +81,9 @@ class Space:
         self._kept_leaf: Tensor | None = None
         self._written: set[int] = set()
         self.stand_ins: list[StandIn] = []
-        """For each parameter, its ``.grad`` from backward to step; empty while nothing is trained."""
+        """For each parameter, its ``.grad`` from backward to zero_grad(); empty while nothing is trained."""
+        self._standing: set[int] = set()
+        """The parameters that have been given theirs."""
         self._place(stage, precision)
         self.places: list[Place] = []
         """Where each parameter is put together, if its rule has matrix products."""
@@ -175,9 +182,20 @@ class Space:
         self.is_whole = False
         self.flat.untyped_storage().resize_(0)
         self._ledger.count("parameters", -self._flat_bytes)
-        for slot, parameter in zip(self.layout.slots, self.parameters, strict=True):
-            parameter.__class__ = FreedParameter
-            parameter.shardstep_name, parameter.shardstep_unit = slot.name, self.unit_name  # type: ignore[attr-defined]
+        for parameter in self.parameters:
+            parameter.__class__ = self._freed_class
+
+    def gather_late(self) -> bool:
+        """Make the parameters whole for a forward that uses them outside their unit; False when none is running."""
+        return self.late()
+
+    def name_of(self, parameter: nn.Parameter) -> str:
+        return next(s.name for s, own in zip(self.layout.slots, self.parameters, strict=True) if own is parameter)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in the memory of the whole parameters."""
+        begin = self.flat.data_ptr() if self.is_whole else 0
+        return begin <= tensor.data_ptr() < begin + self._flat_bytes if begin else False
 
     def publish(self, phase: str) -> Pending | None:
         """Begin to send the updated shard to every rank that keeps the parameters whole (stages 1 and 2)."""
@@ -214,7 +232,9 @@ class Space:
         for index in set(range(len(self.parameters))) - self._written:
             slot = self.layout.slots[index]
             leaf[slot.offset : slot.end].zero_()
+        self.return_stand_ins(self._standing - self._written)
         self.touched |= self._written
+        self._standing |= self._written
         self._written, self._leaf = set(), None
         self.local.push(leaf, home="kept" if leaf is self._kept_leaf else "tree")
 
@@ -239,20 +259,39 @@ class Space:
         if self._leaf is not None and self._leaf is not self._kept_leaf:
             self._ledger.give("gradients", self._leaf)
         self._leaf = None
+        self._standing |= self._written
         self._written.clear()
         self.touched.clear()
         self.tree.clear()
         self.local.clear()
+
+    def drop_stand_ins(self) -> None:
+        """Leave no parameter a gradient."""
         with torch._C.DisableTorchFunctionSubclass():  # or freed parameters would look at each access
             for parameter, stand_in in zip(self.parameters, self.stand_ins, strict=True):
                 parameter.grad = stand_in.arrived = None
+        self._standing.clear()
 
     def withdraw_stand_ins(self) -> None:
         """Let autograd begin new gradients, but for what has arrived already."""
         with torch._C.DisableTorchFunctionSubclass():
-            for parameter, stand_in in zip(self.parameters, self.stand_ins, strict=True):
+            for index in self._standing:
+                parameter, stand_in = self.parameters[index], self.stand_ins[index]
                 if parameter.grad is stand_in and stand_in.arrived is None:
                     parameter.grad = None
+
+    def return_stand_ins(self, indices: Set[int] | None = None) -> None:
+        """Let parameters that autograd has given nothing since have theirs again."""
+        with torch._C.DisableTorchFunctionSubclass():
+            for index in self._standing if indices is None else indices:
+                if self.parameters[index].grad is None:
+                    self.parameters[index].grad = self.stand_ins[index]
+
+    def standing(self) -> tuple[int, int]:
+        """How many parameters have been given a stand-in, and how many of them have it still."""
+        with torch._C.DisableTorchFunctionSubclass():
+            there = sum(self.parameters[index].grad is self.stand_ins[index] for index in self._standing)
+        return len(self._standing), there
 
     # - optimizer state
 
@@ -324,3 +363,7 @@ class Space:
         """What the whole array ``name`` holds of a parameter: in its shape, but for scales."""
         part = flat[self.entries(name, slot.offset, slot.end)]
         return part if name in scales_among(self.state) else part.view(slot.shape)
+
+
+def _never() -> bool:
+    return False

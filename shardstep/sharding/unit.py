@@ -12,6 +12,11 @@ class Unit:
     def __init__(self, name: str, module: nn.Module, stage: Stage, spaces: list[Space]) -> None:
         self.name, self.module, self.stage, self.spaces = name, module, stage, spaces
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the parameters are whole that ``free`` would free."""
+        return any(space.communicates and space.is_whole for space in self.spaces)
+
     def start_gather(self, phase: str, *, ahead: bool = False) -> None:
         for space in self.spaces:
             space.start_gather(phase, ahead=ahead)

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from shardstep.collectives import Group
 from shardstep.errors import ConfigError, RankMismatchError
 from shardstep.sharding.agreement import Act, Agreement
+from shardstep.sharding.freed import NotCopied
 from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.modules import weights
 from shardstep.sharding.unit import Unit
 
 
-class Whole:
+class Whole(NotCopied):
     """The units of one model, as whoever reads or writes them whole sees them."""
 
     def __init__(
