@@ -39,6 +39,7 @@ class Calls:
         self.needs: list[set[int]] = [set() for _ in range(units)]
         """For each unit the others whose parameters its own forward uses, as found so far."""
         self._clock = 0
+        self._uses = [0] * units
 
     def enter(self, order: int, module: nn.Module) -> Call:
         within = self.running[-1].within if self.running else Pass()
@@ -47,6 +48,7 @@ class Calls:
         self.running.append(call)
         for used in (order, *self.needs[order]):
             within.first.setdefault(used, call.start)
+            self._uses[used] += 1
         return call
 
     def leave(self, module: nn.Module) -> Call | None:
@@ -64,6 +66,15 @@ class Calls:
         if user.order != order:
             self.needs[user.order].add(order)
             user.within.first.setdefault(order, user.start)
+            self._uses[order] += 1
+
+    def are_several(self, order: int) -> bool:
+        """Whether the parameters may have been used in several checkpoints: those of the root, or of several calls."""
+        return order == 0 or self._uses[order] > 1
+
+    def end_backward(self) -> None:
+        """Count the uses anew."""
+        self._uses = [0] * len(self._uses)
 
     def busy(self) -> set[int]:
         """The units that running calls need."""

@@ -111,8 +111,11 @@ class Gradients:
                 f"of {given} gradients were set to None or replaced; call optimizer.zero_grad()"
             )
 
-    def arrived(self, space: Space, index: int) -> None:
-        """Take parameter ``index``'s gradient; the last one of a leaf completes it, and it is sent."""
+    def arrived(self, space: Space, index: int, *, in_parts: bool) -> None:
+        """Take parameter ``index``'s gradient; the last one of a leaf completes it, and it is sent.
+
+        ``in_parts``: more may come, so that the leaf is complete at the end of the backward pass only.
+        """
         if space.tag not in self._open:
             raise SequenceError(
                 f"the gradient of {space.layout.slots[index].name!r} arrived after the leaf of {space.where} was "
@@ -120,7 +123,7 @@ class Gradients:
             )
         if not self._arrived:
             self._begin_leaf()
-        if space.write_leaf(index):
+        if space.write_leaf(index) and not in_parts:
             self._complete(space)
 
     def _begin_leaf(self) -> None:

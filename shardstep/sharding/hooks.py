@@ -43,6 +43,8 @@ class Hooks:
         self._units, self._gradients, self._agreement, self._attached = units, gradients, agreement, attached
         self._prefetch, self._input_dtype = prefetch, input_dtype
         self._calls, self._live = Calls(len(units)), Live()
+        self._task = -1
+        """The number that autograd has given to this backward pass."""
         self._pinned: set[int] = set()
         """Units that are freed when backward is over, and not before."""
         self._attributes: dict[int, list[tuple[nn.Module, str]]] = {}
@@ -70,7 +72,8 @@ class Hooks:
     def await_gradient(self, space: Space, index: int) -> None:
         """Collect what autograd accumulates for a parameter from now on."""
         hooked: Any = space.parameters[index]  # torch leaves this untyped
-        hooked.register_post_accumulate_grad_hook(self._arrival(space, index))
+        order = next(order for order, unit in enumerate(self._units) if space in unit.spaces)
+        hooked.register_post_accumulate_grad_hook(self._arrival(order, space, index))
 
     # - forward
 
@@ -139,9 +142,8 @@ class Hooks:
 
     def _keep_what_leaves(self, order: int, tensors: list[Tensor]) -> None:
         """A view of a parameter among the outputs keeps the unit whole where the output is used."""
-        if any(
-            type(tensor) is Tensor and space.holds(tensor) for tensor in tensors for space in self._units[order].spaces
-        ):
+        mine = self._units[order].spaces
+        if any(space.holds(tensor) for tensor in tensors if _has_memory(tensor) for space in mine):
             if self._calls.running:
                 self._calls.note_use(order)
             else:
@@ -202,25 +204,27 @@ class Hooks:
             for order in self._live.take_done(call, task, needed | self._pinned):
                 self._units[order].free()
 
-    def _arrival(self, space: Space, index: int) -> Callable[[Tensor], None]:
+    def _arrival(self, order: int, space: Space, index: int) -> Callable[[Tensor], None]:
         gradients = self._gradients
 
         def arrived(parameter: Tensor) -> None:
             if not gradients.in_backward:
                 self._enter_backward()
-            gradients.arrived(space, index)
+            nested = torch._C._current_graph_task_id() != self._task
+            gradients.arrived(space, index, in_parts=nested and self._calls.are_several(order))
 
         return arrived
 
     def _enter_backward(self) -> None:
         if not self._gradients.in_backward:
             self._gradients.begin_backward()
-            self._differentiable = False
+            self._differentiable, self._task = False, torch._C._current_graph_task_id()
             self._live.begin_pass([order for order, unit in enumerate(self._units) if unit.is_whole])
             Variable._execution_engine.queue_callback(self._after_backward)
 
     def _after_backward(self) -> None:
         self._gradients.end_backward()
+        self._calls.end_backward()
         self._kept = self._differentiable
         if not self._kept:
             self._pinned.clear()
@@ -261,6 +265,11 @@ def begins_backward(order: int, units: int, prefetch: int) -> bool:
     return order == 0 or order >= units - 1 - prefetch
 
 
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether it has an address: not what transforms of functions and compilers trace with."""
+    return type(tensor) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def _communicates(unit: Unit) -> bool:
     return any(space.communicates for space in unit.spaces)
 
@@ -286,6 +295,11 @@ class _Before(NotCopied):
         self._hooks, self._order, self._inner = hooks, order, inner
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return _untraced(self._run, module, args, kwargs)
+        return self._run(module, args, kwargs)
+
+    def _run(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self._inner and self._hooks.runs_another(module):
             return None
         return self._hooks.before_forward(self._order, module, args, kwargs)
@@ -298,7 +312,16 @@ class _After(NotCopied):
         self._hooks = hooks
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._hooks.after_forward(module, output)
+        if torch.compiler.is_compiling():
+            _untraced(self._hooks.after_forward, module, output)
+        else:
+            self._hooks.after_forward(module, output)
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]  # which imports the compiler: so it is called only where that is at work
+def _untraced(function: Callable[..., Any], *args: Any) -> Any:
+    """Call what a compiled module must not look into: what it does changes with every step."""
+    return function(*args)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

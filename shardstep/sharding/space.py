@@ -216,12 +216,14 @@ class Space:
     # - gradients: one leaf at a time
 
     def write_leaf(self, index: int) -> bool:
-        """Move parameter ``index``'s ``.grad`` into the leaf; True when that was the last one missing."""
+        """Move parameter ``index``'s ``.grad`` into the leaf, or add it there; True when none is missing."""
         parameter, slot = self.parameters[index], self.layout.slots[index]
         leaf = self._open_leaf()
         grad = parameter.grad
         assert grad is not None
-        leaf[slot.offset : slot.end].view(slot.shape).copy_(grad.hand_over() if isinstance(grad, StandIn) else grad)
+        part = leaf[slot.offset : slot.end].view(slot.shape)
+        values = grad.hand_over() if isinstance(grad, StandIn) else grad
+        (part.add_ if index in self._written else part.copy_)(values)
         parameter.grad = self.stand_ins[index]
         self._written.add(index)
         return len(self._written) == len(self.parameters)

@@ -234,6 +234,8 @@ def test_a_gradient_is_there_from_backward_to_step_and_its_values_are_not():
     with pytest.raises(ss.UnsupportedError, match=r"values of the gradient of '.*clip with shard\(clip_norm=\.\.\.\)"):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
+    assert model.blocks[0].up.weight.grad is grad, "as torch's, until zero_grad()"
+    optimizer.zero_grad()
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
