@@ -91,8 +91,8 @@ class Combined(torch.optim.Optimizer):
         if self._source is None:
             super().zero_grad(set_to_none)
         else:
-            super().zero_grad(set_to_none=True)
             self._source.discard()
+            super().zero_grad(set_to_none=True)
 
     # - what sharding asks; see `Optimizer`
 

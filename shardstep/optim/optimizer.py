@@ -204,8 +204,8 @@ class Optimizer(torch.optim.Optimizer):
         if self._source is None:
             super().zero_grad(set_to_none)
         else:
-            super().zero_grad(set_to_none=True)
             self._source.discard()
+            super().zero_grad(set_to_none=True)
 
     # - the seam to sharding
 

@@ -17,6 +17,7 @@ A space gathers, frees and holds; when to do so is decided in `hooks` and `step`
 """
 
 from collections.abc import Callable, Set
+from operator import attrgetter, is_
 
 import torch
 from torch import Tensor, nn
@@ -292,7 +293,7 @@ class Space:
     def standing(self) -> tuple[int, int]:
         """How many parameters have been given a stand-in, and how many of them have it still."""
         with torch._C.DisableTorchFunctionSubclass():
-            there = sum(self.parameters[index].grad is self.stand_ins[index] for index in self._standing)
+            there = sum(map(is_, map(_GRAD, self.parameters), self.stand_ins))
         return len(self._standing), there
 
     # - optimizer state
@@ -369,3 +370,6 @@ class Space:
 
 def _never() -> bool:
     return False
+
+
+_GRAD = attrgetter("grad")
