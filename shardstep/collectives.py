@@ -176,6 +176,10 @@ class Group:
         _TAGS[id(self._data)] = first + count
         return first
 
+    def tags_of_model(self, spaces: int) -> int:
+        """The number of the first of a model's spaces; space n has the tags 2n and 2n + 1, and two follow the last."""
+        return 0 if self.size == 1 else (self.reserve_tags(2 * spaces + 4) + 1) // 2
+
     def exchange(self, flat: Tensor, received: Sequence[Tensor | None], *, tag: int, label: str) -> Pending:
         """Send run r of ``flat`` to rank r, and receive every peer's run for this rank into ``received[peer]``.
 
@@ -280,7 +284,7 @@ _GROUPS: weakref.WeakSet[Group] = weakref.WeakSet()
 
 
 _FIRST_TAG = 1 << 20
-"""Of those that are reserved; models count theirs for other messages from 0."""
+"""Of those that are reserved."""
 
 _TAGS: dict[int, int] = {}
 """The next free tag, by the id of a group."""

@@ -8,7 +8,7 @@ latter is remembered, and both are gathered together from then on. A call of a p
 model's own forward, gathers the root. This room decides when; `Space` and `Gradients` do it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,8 @@ from shardstep.errors import CollectiveError
 from shardstep.sharding.agreement import Act, Agreement
 from shardstep.sharding.attached import Attached
 from shardstep.sharding.calls import Call, Calls, Live
-from shardstep.sharding.freed import NotCopied
+from shardstep.sharding.entrances import After, Before, rest_of_root
 from shardstep.sharding.gradients import Gradients
-from shardstep.sharding.modules import named_children
 from shardstep.sharding.outputs import tensors_at, tensors_in, written_attributes
 from shardstep.sharding.space import Space
 from shardstep.sharding.unit import Unit
@@ -55,7 +54,7 @@ class Hooks:
         for order, unit in enumerate(units):
             self._install(order, unit)
         if any(unit.stage.shard_params for unit in units):
-            for module in _rest_of_root(units):
+            for module in rest_of_root(units):
                 self._hook(0, module, inner=True)
 
     def _install(self, order: int, unit: Unit) -> None:
@@ -66,8 +65,8 @@ class Hooks:
                 self.await_gradient(space, index)
 
     def _hook(self, order: int, module: nn.Module, *, inner: bool) -> None:
-        module.register_forward_pre_hook(_Before(self, order, inner), prepend=True, with_kwargs=True)
-        module.register_forward_hook(_After(self), always_call=True)
+        module.register_forward_pre_hook(Before(self, order, inner), prepend=True, with_kwargs=True)
+        module.register_forward_hook(After(self), always_call=True)
 
     def await_gradient(self, space: Space, index: int) -> None:
         """Collect what autograd accumulates for a parameter from now on."""
@@ -272,56 +271,6 @@ def _has_memory(tensor: Tensor) -> bool:
 
 def _communicates(unit: Unit) -> bool:
     return any(space.communicates for space in unit.spaces)
-
-
-def _rest_of_root(units: list[Unit]) -> Iterator[nn.Module]:
-    """The modules of the root unit, without the root itself."""
-    seen = {id(unit.module) for unit in units}
-
-    def visit(module: nn.Module) -> Iterator[nn.Module]:
-        for _, child in named_children(module):
-            if id(child) not in seen:
-                seen.add(id(child))
-                yield child
-                yield from visit(child)
-
-    return visit(units[0].module)
-
-
-class _Before(NotCopied):
-    """Runs before the forward of a unit; or of an ``inner`` module of the root, if the model's own does not run."""
-
-    def __init__(self, hooks: Hooks, order: int, inner: bool) -> None:
-        self._hooks, self._order, self._inner = hooks, order, inner
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return _untraced(self._run, module, args, kwargs)
-        return self._run(module, args, kwargs)
-
-    def _run(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if self._inner and self._hooks.runs_another(module):
-            return None
-        return self._hooks.before_forward(self._order, module, args, kwargs)
-
-
-class _After(NotCopied):
-    """Runs after a forward, also one that raised."""
-
-    def __init__(self, hooks: Hooks) -> None:
-        self._hooks = hooks
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
-            _untraced(self._hooks.after_forward, module, output)
-        else:
-            self._hooks.after_forward(module, output)
-
-
-@torch._disable_dynamo  # type: ignore[attr-defined]  # which imports the compiler: so it is called only where that is at work
-def _untraced(function: Callable[..., Any], *args: Any) -> Any:
-    """Call what a compiled module must not look into: what it does changes with every step."""
-    return function(*args)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -113,7 +113,7 @@ def _size(space: Space, optimizer: Optimizer | Combined, order: Mapping[str, int
 
 
 def _build(plans: list[UnitPlan], group: Group, ledger: Ledger) -> list[Unit]:
-    units, tag = [], 0
+    units, tag = [], group.tags_of_model(sum(len(plan.spaces) for plan in plans))
     for plan in plans:
         spaces = []
         for space in plan.spaces:

@@ -394,3 +394,12 @@ def test_units_may_be_compiled(ranks, backend, when):
     """One graph serves all blocks, which are alike, and is not compiled again although parameters come and go."""
     (wanted, *_), *_ = ranks(1).run(compiled_run, backend, None)
     assert ranks(2).run(compiled_run, backend, when) == [(wanted, (1, 1, 1), set())] * 2
+
+
+def tags_of_two() -> list[int]:
+    return [space.tag for seed in (1, 2) for unit in whole_of(sharded(seed=seed)[0]).units for space in unit.spaces]
+
+
+def test_messages_of_two_models_cannot_be_taken_for_each_other(ranks):
+    for tags in ranks(2).run(tags_of_two):
+        assert len(tags) == len({*tags}) == 10
