@@ -49,7 +49,7 @@ def sharded_run(name: str, stage: Any) -> dict[str, Any]:
     entry = ZOO[name]
     model = made(entry)
     optimizer = ss.optim.AdamW(trained(model), lr=0.05)
-    sharded = ss.shard(model, optimizer, stage=stage, units=entry.units)
+    sharded = ss.shard(model, optimizer, stage=stage, units=entry.units, prefetch=entry.prefetch)
     for method in entry.entries:
         sharded.add_entry(method)
     sent, whole = [], []

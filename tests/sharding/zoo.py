@@ -146,7 +146,7 @@ class ReturnsParameters(Stack):
 
     def run(self, block: nn.Module, x: Tensor) -> Tensor:
         y, scale, rows = block(x)
-        return torch.tanh(y) * scale + (x @ rows.T).sum(-1, keepdim=True)
+        return (x @ rows.T).sum(-1, keepdim=True) + torch.tanh(y) * scale
 
 
 # - what is trained, and what is used
@@ -353,7 +353,7 @@ class Router(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
-        self.extra = [(torch.sigmoid(y) * self.up.weight.sum(0)).square().mean(), y.sin().mean() * self.down.bias.sum()]
+        self.extra = [F.linear(y, self.up.weight).square().mean(), y.sin().mean() * self.down.bias.sum()]
         return y
 
 
@@ -519,6 +519,7 @@ class Entry:
     exact: bool = False
     ddp: bool = True
     entries: tuple[str, ...] = ()
+    prefetch: int = 1
 
 
 ZOO: dict[str, Entry] = {
@@ -527,7 +528,7 @@ ZOO: dict[str, Entry] = {
     "parameters of other units, used by the root": Entry(External),
     "parameters of other units, used without gradients": Entry(partial(External, detached=True)),
     "parameters of other units, used by units": Entry(borrowing),
-    "parameters returned from modules": Entry(ReturnsParameters),
+    "parameters returned from modules": Entry(ReturnsParameters, prefetch=0),
     "weights made of parameters": Entry(normed_weights),
     "frozen and trained in one unit": Entry(mixed_frozen),
     "frozen but for the head": Entry(frozen_but_last),
@@ -545,7 +546,7 @@ ZOO: dict[str, Entry] = {
         )
         for kind in OUTPUTS
     },
-    "losses in attributes": Entry(partial(Stack, Router), partial(summed, loss_with_extras), ddp=False),
+    "losses in attributes": Entry(partial(Stack, Router), partial(summed, loss_with_extras), ddp=False, prefetch=0),
     **{
         f"checkpoints {'around' if around else 'inside'} units, {'' if reentrant else 'not '}reentrant": Entry(
             partial(Checkpointed, reentrant, around), exact=not reentrant or not around, ddp=not reentrant
