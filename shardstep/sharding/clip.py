@@ -26,15 +26,18 @@ def global_norm(runs: list[tuple[Space, Tensor]], group: Group, step: int) -> fl
         blocks = values.numel() // BLOCK_NUMEL
         ordered.append(sums[:, offset : offset + blocks].reshape(-1)[: space.layout.blocks])
         offset += blocks
-    norm = math.sqrt(torch.cat(ordered).sum().item())
-    if not math.isfinite(norm):
-        raise NonFiniteGradientError(_first_non_finite(runs, group, step, norm))
-    return norm
+    return math.sqrt(torch.cat(ordered).sum().item())
 
 
 def clip_coefficient(norm: float, clip_norm: float) -> float:
     """What gradients of this norm are multiplied by; the formula of torch.nn.utils.clip_grad_norm_."""
     return min(1.0, clip_norm / (norm + 1e-6))
+
+
+def check_finite(norm: float, runs: list[tuple[Space, Tensor]], group: Group, step: int) -> None:
+    """Raise NonFiniteGradientError if the norm of ``runs`` is not finite: there is no way to clip by it. Collective."""
+    if not math.isfinite(norm):
+        raise NonFiniteGradientError(_first_non_finite(runs, group, step, norm))
 
 
 def _first_non_finite(runs: list[tuple[Space, Tensor]], group: Group, step: int, norm: float) -> str:

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from shardstep.collectives import Group, Pending
 from shardstep.config import Schedule
-from shardstep.errors import ConfigError, SequenceError
+from shardstep.errors import ConfigError, RankMismatchError, SequenceError
 from shardstep.sharding.agreement import Act, Agreement
 from shardstep.sharding.memory import Ledger
 from shardstep.sharding.reduce import Partial
+from shardstep.sharding.scaler import Scaling
 from shardstep.sharding.space import Space
 from shardstep.sharding.stand_in import StandIn
 
@@ -38,9 +39,15 @@ class Gradients:
     """The leaves of one step over all trained spaces of a model."""
 
     def __init__(
-        self, spaces: list[Space], group: Group, ledger: Ledger, schedule: Schedule, agreement: Agreement
+        self,
+        spaces: list[Space],
+        group: Group,
+        ledger: Ledger,
+        schedule: Schedule,
+        agreement: Agreement,
+        scaling: Scaling | None,
     ) -> None:
-        self.schedule = schedule
+        self.schedule, self.scaling = schedule, scaling
         self.leaves = 0
         """Backward passes that this rank has finished since the last step."""
         self.step = 0
@@ -84,11 +91,22 @@ class Gradients:
                 "expected optimizer.step() or optimizer.zero_grad() after the gradients were unscaled, got another "
                 "backward(): its gradients would be added to those without the scale"
             )
+        if self.scaling is not None:
+            self._begin_scaled(self.scaling)
         for space in self._spaces:
             space.withdraw_stand_ins()
         self._agreement.announce(Act.BACKWARD, self.step, self.leaves)
         self._open, self._turn = {space.tag for space in self._spaces}, 0
         self.in_backward = True
+
+    def _begin_scaled(self, scaling: Scaling) -> None:
+        if not scaling.reached:
+            raise SequenceError(
+                "expected a loss made of what the model returns, whose gradients the loss scale multiplies, got "
+                "gradients that came another way; call the model itself, and multiply a loss that uses parameters only "
+                "by sharded.loss_scale and add it to that"
+            )
+        self.unscaling = 1.0 / scaling.scale
 
     def arrived(self, space: Space, index: int) -> bool:
         """Take parameter ``index``'s gradient; True when it completed the space's leaf, which is then sent."""
@@ -112,6 +130,8 @@ class Gradients:
         self.leaves += 1
         self.most_leaves = max(self.most_leaves, self.leaves)
         self.in_backward = False
+        if self.scaling is not None:
+            self.scaling.reached = False
 
     def finish(self) -> None:
         """Send what the schedule per step has kept back."""
@@ -123,16 +143,38 @@ class Gradients:
 
     def unscale(self, factor: float) -> bool:
         """Have the step multiply its gradients by ``factor``; whether any is infinite or NaN anywhere. Collective."""
+        if self.scaling is not None:
+            raise ConfigError(
+                "expected one scaling of the loss, got torch.amp.GradScaler for a model with shard(loss_scale=...); "
+                "leave one out"
+            )
         if self._infinite is None:
             self._agreement.announce(Act.UNSCALE, self.step, self.leaves)
             self._agreement.confirm()
             self.check_complete_subtrees()
             self.finish()
-            own = not all(bool(torch.isfinite(space.tree.total().values).all()) for space in self._spaces)
-            self._agreement.announce(Act.UNSCALE, self.step, self.leaves, [own])
-            flags = self._agreement.confirm()
-            self.unscaling, self._infinite = factor, own if flags is None else flags[0]
+            self.unscaling, self._infinite = factor, self._any([not self.are_finite()])[0]
         return self._infinite
+
+    def are_finite(self) -> bool:
+        """Whether the sums of all gradients are, on this rank."""
+        return all(map(_is_finite, (space.tree.total().values for space in self._spaces)))
+
+    def overflowed(self, here: bool, scaling: Scaling) -> bool:
+        """Whether any rank has gradients that are not finite under the loss's scale. Collective."""
+        anywhere, *scales = self._any([here, *scaling.told()])
+        if scaling.differs(scales):
+            raise RankMismatchError(
+                f"expected the same loss scale on all ranks, but rank {self._group.rank} has {scaling.scale} in step "
+                f"{self.step} and another rank has not; load the same LossScaler.state_dict() everywhere"
+            )
+        return anywhere
+
+    def _any(self, own: list[bool]) -> list[bool]:
+        """Which flags any rank has set. Collective."""
+        self._agreement.announce(Act.UNSCALE, self.step, self.leaves, own)
+        flags = self._agreement.confirm()
+        return own if flags is None else flags
 
     def discard(self) -> None:
         """Forget all leaves, and allow the next backward pass."""
@@ -143,11 +185,15 @@ class Gradients:
             space.drop_gradients()
         self.leaves, self._expected_leaves, self._spent = 0, None, False
         self.unscaling, self._infinite = 1.0, None
+        if self.scaling is not None:
+            self.scaling.end_step()
 
-    def spend(self) -> None:
-        """The step is done: its gradients are gone, and the next backward pass needs ``discard`` first."""
+    def spend(self, *, left_out: bool = False) -> None:
+        """The step is done, or left out: its gradients are gone, and the next backward pass needs ``discard`` first."""
+        if self.scaling is not None:
+            self.scaling.scaler.update(left_out)
         self.discard()
-        self.step += 1
+        self.step += not left_out
         self._spent = True
 
     def _complete(self, space: Space) -> None:
@@ -203,3 +249,9 @@ class Gradients:
                 f"expected a power of two micro-batches on each rank for schedule='per step', got {self.leaves}; "
                 f"the local sums would not be complete parts of the fixed tree: use schedule='per leaf'"
             )
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Without temporaries: the extremes of values with a NaN are NaN."""
+    least, most = torch.aminmax(values)
+    return bool(torch.isfinite(least) and torch.isfinite(most))

@@ -68,6 +68,17 @@ class Sharded:
         return self._step.grad_norm
 
     @property
+    def skipped(self) -> int:
+        """Steps left out so far because gradients overflowed under the loss's scale."""
+        return self._step.skipped
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What losses are multiplied by now; None without ``shard(loss_scale=...)``."""
+        scaling = self._gradients.scaling
+        return None if scaling is None else scaling.present
+
+    @property
     def step_count(self) -> int:
         """Optimizer steps taken."""
         return self._gradients.step

@@ -28,6 +28,7 @@ from shardstep.sharding.loans import Loan
 from shardstep.sharding.memory import Ledger
 from shardstep.sharding.modules import check_built, named_modules, seeds
 from shardstep.sharding.nonfinite import NonFiniteTrace
+from shardstep.sharding.scaler import FLAGS, LossScaler, Scaling, scaler_of
 from shardstep.sharding.space import Space
 from shardstep.sharding.states import make_states
 from shardstep.sharding.step import Step
@@ -45,6 +46,7 @@ def shard(
     units: UnitChoice | None = None,
     precision: Precision | None = None,
     clip_norm: float | None = None,
+    loss_scale: LossScaler | float | None = None,
     schedule: str | None = None,
     prefetch: int = 1,
     trace_nonfinite: bool = False,
@@ -57,6 +59,8 @@ def shard(
     repeated blocks of the model. Whatever is in none of them forms the root unit.
     ``precision``: dtypes of computation, communication and master; by default the parameters' own, with a
     float32 master for low-precision ones. ``clip_norm``: clip the mean gradient to this global 2-norm.
+    ``loss_scale``: a LossScaler or a power of two, for parameters in float16: what goes back through the model's
+    outputs is multiplied by it, low-precision outputs are returned in float32, steps that overflow are left out.
     ``schedule``: 'per leaf' (default) or 'per step' (stages 0 and 1). ``prefetch``: units gathered ahead.
     ``trace_nonfinite``: a step that makes an infinity or NaN raises NonFiniteUpdateError, which names the parameter,
     the element, the rank and the line of the rule; for debugging, since it copies what is updated.
@@ -65,15 +69,21 @@ def shard(
     OwnershipError or RankMismatchError before anything is changed.
     """
     _check_arguments(model, optimizer, precision, clip_norm, prefetch)
+    scaler = scaler_of(loss_scale)
     device = _one_device(model)
     _check_ownership(model, optimizer)
     plans = plan_units(model, units, stage, precision, optimizer.rule_of)
     schedule_ = checked_schedule(schedule, {plan.name: plan.stage for plan in plans})
     ranks = Group(group)
     buffers = Buffers(model, ranks)
-    _check_equal_on_all_ranks(
-        _described(plans, buffers, schedule_, clip_norm, optimizer.clip is not None, trace_nonfinite), ranks
-    )
+    options = {
+        "schedule": schedule_,
+        "clip_norm": clip_norm,
+        "clipping by the optimizer": optimizer.clip is not None,
+        "loss_scale": repr(scaler),
+        "trace_nonfinite": trace_nonfinite,
+    }
+    _check_equal_on_all_ranks({**_described(plans, buffers), **options}, ranks)
 
     ledger = Ledger(device)
     buffers.follow_rank_0()
@@ -81,8 +91,9 @@ def shard(
     trained = [space for unit in built for space in unit.spaces if space.trained]
     make_states(trained, optimizer.states_of, optimizer.rule_of, ranks.size)
     flags = sum(len(space.parameters) for space in trained) + len(buffers.owners)
-    agreement = Agreement(ranks, flags, _lend(built, ranks))
-    gradients = Gradients(trained, ranks, ledger, schedule_, agreement)
+    agreement = Agreement(ranks, max(flags, 0 if scaler is None else 1 + FLAGS), _lend(built, ranks))
+    scaling = None if scaler is None else Scaling(scaler)
+    gradients = Gradients(trained, ranks, ledger, schedule_, agreement, scaling)
     trace = NonFiniteTrace(optimizer, ranks) if trace_nonfinite else None
     clip = optimizer.clip if clip_norm is None else partial(clip_coefficient, clip_norm=clip_norm)
     input_dtype = precision.params if precision else None
@@ -197,24 +208,13 @@ def _check_ownership(model: nn.Module, optimizer: Optimizer | Combined) -> None:
             raise OwnershipError(f"expected the optimizer to own {name!r} once, but it is there {count} times")
 
 
-def _described(
-    plans: list[UnitPlan],
-    buffers: Buffers,
-    schedule: str,
-    clip_norm: float | None,
-    clips: bool,
-    trace_nonfinite: bool,
-) -> dict[str, str | float | None]:
-    """What must be the same everywhere, by the name that a message gives it."""
+def _described(plans: list[UnitPlan], buffers: Buffers) -> dict[str, str | float | None]:
+    """What of the model must be the same everywhere, by the name that a message gives it."""
     return {
         "layout": fingerprint((plan.name, space.layout) for plan in plans for space in plan.spaces),
         "stages": ", ".join(f"{plan.name!r}: {plan.stage.number}" for plan in plans),
         "buffers": ", ".join(buffers.owners),
         "precision": ", ".join(sorted({str(space.precision) for plan in plans for space in plan.spaces})),
-        "schedule": schedule,
-        "clip_norm": clip_norm,
-        "clipping by the optimizer": clips,
-        "trace_nonfinite": trace_nonfinite,
     }
 
 

@@ -3,6 +3,7 @@
 `Step` is the optimizer's `FlatSource`: it never knows which rule runs, only where its numbers lie.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Literal
 
@@ -13,7 +14,7 @@ from shardstep.errors import SequenceError
 from shardstep.optim import Combined, Optimizer
 from shardstep.sharding.agreement import Act, Agreement
 from shardstep.sharding.buffers import Buffers
-from shardstep.sharding.clip import global_norm
+from shardstep.sharding.clip import check_finite, global_norm
 from shardstep.sharding.combination import Combination, Key
 from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.memory import Ledger
@@ -44,6 +45,9 @@ class Step:
     ) -> None:
         self.grad_norm: float | None = None
         """The norm of the last step's mean gradient, before clipping; None when nothing clips."""
+        self.skipped = 0
+        """Steps left out because gradients overflowed under the loss's scale."""
+        self.left_out = False
         self._optimizer, self._spaces, self._gradients = optimizer, spaces, gradients
         self._agreement, self._buffers, self._clip = agreement, buffers, clip
         self._trace, self._unfreezing, self._group, self._ledger = trace, unfreezing, group, ledger
@@ -139,6 +143,7 @@ class Step:
         """Agree with the other ranks, sum the leaves, and say what is to be updated; nothing if there are none."""
         groups = self._group_of_each()
         self._unfreezing.check_not_trained(groups)
+        self.left_out = False
         self._agree()
         if not self._gradients.leaves:
             return []
@@ -150,9 +155,19 @@ class Step:
         for space in self._spaces:
             space.tree.total()
         scale = self._scale()
+        if scale is None:
+            self._leave_out()
+            return []
         for update in updates:
             update.scale = scale
         return updates
+
+    def _leave_out(self) -> None:
+        """Change nothing but the loss's scale and the buffers, which forward has written."""
+        self.left_out = True
+        self.skipped += 1
+        self._buffers.follow_rank_0()
+        self._gradients.spend(left_out=True)
 
     def _update(self, space: Space, groups: dict[int, int]) -> SpaceUpdate:
         keys = self._keys(space, groups)
@@ -231,20 +246,29 @@ class Step:
         for space in self._spaces:
             space.touched = {index for index in range(len(space.parameters)) if flags[index]}
             flags = flags[len(space.parameters) :]
-        self._buffers.mark(flags)
+        self._buffers.mark(flags[: len(self._buffers.owners)])
 
     def _announce(self, act: Act) -> None:
         self._agreement.announce(act, self._gradients.step, self._gradients.leaves)
         self._agreement.confirm()
 
-    def _scale(self) -> float:
-        """The one factor of this step's gradient sums: their mean, without the loss's scale, clipped."""
-        leaves = self._gradients.leaves * self._group.size / self._gradients.unscaling
-        if self._clip is None:
-            return 1.0 / leaves
+    def _scale(self) -> float | None:
+        """The one factor of this step's gradient sums: their mean, without the loss's scale, clipped.
+
+        None where a loss scaler has the step left out because they have overflowed.
+        """
+        gradients, group = self._gradients, self._group
+        leaves = gradients.leaves * group.size / gradients.unscaling
         runs = [(space, space.tree.total().values) for space in self._spaces]
-        self.grad_norm = global_norm(runs, self._group, self._gradients.step) / leaves
-        return self._clip(self.grad_norm) / leaves
+        norm = None if self._clip is None else global_norm(runs, group, gradients.step)
+        self.grad_norm = None if norm is None else norm / leaves
+        if gradients.scaling is not None:
+            finite = gradients.are_finite() if norm is None else math.isfinite(norm)
+            if gradients.overflowed(not finite, gradients.scaling):
+                return None
+        elif norm is not None:
+            check_finite(norm, runs, group, gradients.step)
+        return 1.0 / leaves if self._clip is None or self.grad_norm is None else self._clip(self.grad_norm) / leaves
 
     def _group_of_each(self) -> dict[int, int]:
         groups = enumerate(self._optimizer.param_groups)
