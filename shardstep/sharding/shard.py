@@ -115,7 +115,7 @@ def shard(
 
 
 def _size(space: Space, optimizer: Optimizer | Combined, order: Mapping[str, int]) -> SpaceSize:
-    moved = [optimizer.moved_bytes(p, space.precision.master) for p in space.parameters] if space.trained else []
+    moved = [optimizer.moved_bytes(p, space.precision.compute) for p in space.parameters] if space.trained else []
     travelling = tuple(own for own in moved if own is not None)
     rule = optimizer.rule_of(space.parameters[0])
     states = [optimizer.states_of(parameter) for parameter in space.parameters]

@@ -5,16 +5,18 @@
     shard    shard numel    this rank's run of the parameters; a view of ``flat`` below stage 3.
     values   owned numel    what the rule's result is written to: ``flat`` at stage 0, else ``shard``.
     master   owned numel    what the rule updates: ``values`` itself, or a wider copy of it.
-    state    owned numel    one buffer per named state of the rule, in its declared dtype or the master's; scales of
-                            8-bit states have one entry for each 256 elements;
+    state    owned numel    one buffer per named state of the rule, in its declared dtype or what the rule computes
+                            in; scales of 8-bit states have one entry for each 256 elements;
                             what is kept tensor by tensor is in `tensor_states`.
-    averages owned numel    one buffer per `shardstep.Average` of the model, in the master's dtype.
+    averages owned numel    one buffer per `shardstep.Average` of the model, in what the rule computes in.
     leaf     padded numel   the gradient of the current micro-batch; kept between steps below stage 2.
     tree     shard numel    partial sums of all ranks' leaves over this rank's run.
     local    padded numel   partial sums of this rank's own leaves (schedule per step).
 
 A space gathers, frees and holds; when to do so is decided in `hooks` and `step`.
 """
+
+from hashlib import blake2b
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +58,8 @@ class Space:
         self.padded_numel = layout.padded_numel(group.size)
         self.steps = [0] * len(parameters)
         self.touched: set[int] = set()
-        self.tree = Tree(ledger, precision.master)
-        self.local = Tree(ledger, precision.master)
+        self.tree = Tree(ledger, precision.sums)
+        self.local = Tree(ledger, precision.sums)
         self.state: dict[str, Tensor] = {}
         self.averages: list[Tensor] = []
         self.declared: tuple[State, ...] = ()
@@ -75,6 +77,9 @@ class Space:
         self._leaf: Tensor | None = None
         self._kept_leaf: Tensor | None = None
         self._written: set[int] = set()
+        self._kept_values: Tensor | None = None
+        self.seed = _seed_of(precision, layout)
+        """Of the noise that new parameters are rounded with."""
         self.stand_ins: list[StandIn] = []
         """For each parameter, its ``.grad`` from backward to step; empty while nothing is trained."""
         self._place(stage, precision)
@@ -265,7 +270,7 @@ class Space:
         for declared in self.declared:
             if declared.name not in self.state:
                 for array in stored_arrays(declared):
-                    numel, dtype = self.master.numel() // array.per, array.dtype or self.precision.master
+                    numel, dtype = self.master.numel() // array.per, array.dtype or self.precision.compute
                     self.state[array.name] = self._ledger.take("state", numel, dtype)
                 self.start_state(declared)
         if self.by_tensor.declared != in_some(states) or self.by_tensor.owners != self._owners:
@@ -290,14 +295,19 @@ class Space:
 
     def make_average(self) -> None:
         """Allocate one more average over what this rank owns."""
-        self.averages.append(self._ledger.take("state", self.master.numel(), self.precision.master))
+        self.averages.append(self._ledger.take("state", self.master.numel(), self.precision.compute))
 
     def exchange(self, number: int) -> None:
         """Let the parameters and average ``number`` change places on this rank; the same again undoes it, to the bit.
 
-        (But a NaN in parameters that have a wider master may come back as another NaN.)
+        (But a NaN in parameters that have a wider master may come back as another NaN.) Parameters in 16 bits without
+        a master are copied meanwhile; the average stays where it is.
         """
         self.exchanged = not self.exchanged
+        if self.values.dtype != self.averages[number].dtype and self.master is self.values:
+            kept, self._kept_values = self._kept_values, self.values.clone() if self.exchanged else None
+            self.values.copy_(self.averages[number] if kept is None else kept)
+            return
         if self.master is not self.values:
             self.master, self.averages[number] = self.averages[number], self.master
             self.values.copy_(self.master)
@@ -324,3 +334,11 @@ class Space:
         """What the whole array ``name`` holds of a parameter: in its shape, but for scales."""
         part = flat[self.entries(name, slot.offset, slot.end)]
         return part if name in scales_among(self.state) else part.view(slot.shape)
+
+
+def _seed_of(precision: Precision, layout: Layout) -> int | None:
+    """Another one for every space, since noise is a function of the place in one."""
+    if precision.rounding != "stochastic":
+        return None
+    named = blake2b(f"{precision.seed} {layout.slots[0].name}".encode(), digest_size=8)
+    return int.from_bytes(named.digest(), "little")

@@ -218,7 +218,7 @@ class Step:
                     scale = update.scale * self._optimizer.grad_sign(key[0])
                     mine = place.owner == self._group.rank
                     squares = space.by_tensor.of(index, elements=False) if mine else {}
-                    tensors.append(Whole(*key, slot.shape, space.precision.master, scale, slot.offset, squares))
+                    tensors.append(Whole(*key, slot.shape, space.precision.compute, scale, slot.offset, squares))
                     at.append(place)
         last = 2 * max(space.tag for space in self._spaces) + 1
         return Gathering(tensors, at, self._group, self._ledger, (last + 1, last + 2), self._gradients.step)
