@@ -9,6 +9,7 @@ summed locally.
 Nothing here knows about modules or optimizers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +59,7 @@ class Gradients:
         self.unscaling = 1.0
         """What this step's gradients are multiplied by because the loss was scaled."""
         self._infinite: bool | None = None
+        self._settled = False
         self._spent = False
         self._group, self._ledger, self._agreement = group, ledger, agreement
         self._expected_leaves: int | None = None
@@ -86,10 +88,10 @@ class Gradients:
                 "expected optimizer.zero_grad() between optimizer.step() and the next backward(): the step has used "
                 "up the gradients, and nothing can be added to them"
             )
-        if self._infinite is not None:
+        if self._settled:
             raise SequenceError(
-                "expected optimizer.step() or optimizer.zero_grad() after the gradients were unscaled, got another "
-                "backward(): its gradients would be added to those without the scale"
+                "expected optimizer.step() or optimizer.zero_grad() after the gradients were unscaled, read or set, got "
+                "another backward(): their sums are complete, and nothing can be added to them"
             )
         if self.scaling is not None:
             self._begin_scaled(self.scaling)
@@ -149,12 +151,28 @@ class Gradients:
                 "leave one out"
             )
         if self._infinite is None:
-            self._agreement.announce(Act.UNSCALE, self.step, self.leaves)
+            self.announce(Act.UNSCALE)
             self._agreement.confirm()
-            self.check_complete_subtrees()
-            self.finish()
+            self.settle()
             self.unscaling, self._infinite = factor, self._any([not self.are_finite()])[0]
         return self._infinite
+
+    def settle(self) -> None:
+        """Complete the sums of all gradients; nothing can be added after that. Collective, after an announcement."""
+        self.check_complete_subtrees()
+        self.finish()
+        for space in self._spaces:
+            space.tree.total()
+        self._settled = True
+
+    @property
+    def divisor(self) -> float:
+        """What makes means, without the loss's scale, of the sums of all gradients."""
+        return self.leaves * self._group.size / self.unscaling
+
+    def announce(self, act: Act, flags: Sequence[bool] = ()) -> None:
+        """Tell the other ranks what is done at this point of the loop."""
+        self._agreement.announce(act, self.step, self.leaves, flags)
 
     def are_finite(self) -> bool:
         """Whether the sums of all gradients are, on this rank."""
@@ -172,7 +190,7 @@ class Gradients:
 
     def _any(self, own: list[bool]) -> list[bool]:
         """Which flags any rank has set. Collective."""
-        self._agreement.announce(Act.UNSCALE, self.step, self.leaves, own)
+        self.announce(Act.UNSCALE, own)
         flags = self._agreement.confirm()
         return own if flags is None else flags
 
@@ -184,7 +202,7 @@ class Gradients:
         for space in self._spaces:
             space.drop_gradients()
         self.leaves, self._expected_leaves, self._spent = 0, None, False
-        self.unscaling, self._infinite = 1.0, None
+        self.unscaling, self._infinite, self._settled = 1.0, None, False
         if self.scaling is not None:
             self.scaling.end_step()
 

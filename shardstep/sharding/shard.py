@@ -16,10 +16,11 @@ from shardstep.errors import ConfigError, OwnershipError, RankMismatchError
 from shardstep.layout import fingerprint
 from shardstep.optim import Combined, Optimizer
 from shardstep.optim.unruled import refusal
+from shardstep.sharding.access import Access
 from shardstep.sharding.agreement import Agreement
 from shardstep.sharding.attached import Attached
 from shardstep.sharding.buffers import Buffers
-from shardstep.sharding.clip import clip_coefficient
+from shardstep.sharding.clip import Clipping, clip_coefficient
 from shardstep.sharding.formula import Formula, SpaceSize
 from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.handle import Sharded
@@ -46,6 +47,7 @@ def shard(
     units: UnitChoice | None = None,
     precision: Precision | None = None,
     clip_norm: float | None = None,
+    clip_value: float | None = None,
     loss_scale: LossScaler | float | None = None,
     schedule: str | None = None,
     prefetch: int = 1,
@@ -59,6 +61,7 @@ def shard(
     repeated blocks of the model. Whatever is in none of them forms the root unit.
     ``precision``: dtypes of computation, communication and master; by default the parameters' own, with a
     float32 master for low-precision ones. ``clip_norm``: clip the mean gradient to this global 2-norm.
+    ``clip_value``: clip every element of it to [-clip_value, clip_value].
     ``loss_scale``: a LossScaler or a power of two, for parameters in float16: what goes back through the model's
     outputs is multiplied by it, low-precision outputs are returned in float32, steps that overflow are left out.
     ``schedule``: 'per leaf' (default) or 'per step' (stages 0 and 1). ``prefetch``: units gathered ahead.
@@ -68,7 +71,7 @@ def shard(
     All ranks call it with models of equal structure; they go on from rank 0's values. Raises ConfigError,
     OwnershipError or RankMismatchError before anything is changed.
     """
-    _check_arguments(model, optimizer, precision, clip_norm, prefetch)
+    _check_arguments(model, optimizer, precision, clip_norm, clip_value, prefetch)
     scaler = scaler_of(loss_scale)
     device = _one_device(model)
     _check_ownership(model, optimizer)
@@ -79,6 +82,7 @@ def shard(
     options = {
         "schedule": schedule_,
         "clip_norm": clip_norm,
+        "clip_value": clip_value,
         "clipping by the optimizer": optimizer.clip is not None,
         "loss_scale": repr(scaler),
         "trace_nonfinite": trace_nonfinite,
@@ -95,11 +99,12 @@ def shard(
     scaling = None if scaler is None else Scaling(scaler)
     gradients = Gradients(trained, ranks, ledger, schedule_, agreement, scaling)
     trace = NonFiniteTrace(optimizer, ranks) if trace_nonfinite else None
-    clip = optimizer.clip if clip_norm is None else partial(clip_coefficient, clip_norm=clip_norm)
+    by_norm = optimizer.clip if clip_norm is None else partial(clip_coefficient, clip_norm=clip_norm)
+    clipping = Clipping(by_norm, clip_value)
     input_dtype = precision.params if precision else None
     hooks = Hooks(built, gradients, agreement, Attached(model, built), prefetch, input_dtype)
     unfreezing = Unfreezing(built, gradients, agreement, hooks, ranks)
-    step = Step(optimizer, trained, gradients, agreement, buffers, clip, trace, unfreezing, ranks, ledger)
+    step = Step(optimizer, trained, gradients, agreement, buffers, clipping, trace, unfreezing, ranks, ledger)
     whole = Whole(model, built, gradients, agreement, ranks)
     for _, module in named_modules(model):
         setattr(module, ATTRIBUTE, whole)
@@ -111,7 +116,8 @@ def shard(
         sizes = [[_size(space, optimizer, order) for space in unit.spaces] for unit in built]
         return Formula(sizes, ranks.size, own_leaves, prefetch, schedule_, ranks.rank)
 
-    return Sharded(built, ranks, ledger, gradients, step, formula, seeds(model))
+    access = Access(model, built, gradients, agreement, ranks)
+    return Sharded(built, ranks, ledger, gradients, step, formula, seeds(model), access)
 
 
 def _size(space: Space, optimizer: Optimizer | Combined, order: Mapping[str, int]) -> SpaceSize:
@@ -148,6 +154,7 @@ def _check_arguments(
     optimizer: Optimizer | Combined,
     precision: Precision | None,
     clip_norm: float | None,
+    clip_value: float | None,
     prefetch: int,
 ) -> None:
     if not isinstance(optimizer, Optimizer | Combined):
@@ -164,8 +171,14 @@ def _check_arguments(
     check_built(model)
     if precision is not None and not isinstance(precision, Precision):
         raise ConfigError(f"expected precision to be a shardstep.Precision or None, got {precision!r}")
-    if clip_norm is not None and not (isinstance(clip_norm, int | float) and clip_norm > 0):
-        raise ConfigError(f"expected clip_norm to be a positive number or None, got {clip_norm!r}")
+    for name, bound in (("clip_norm", clip_norm), ("clip_value", clip_value)):
+        if bound is not None and not (isinstance(bound, int | float) and bound > 0):
+            raise ConfigError(f"expected {name} to be a positive number or None, got {bound!r}")
+    if clip_value is not None and (clip_norm is not None or optimizer.clip is not None):
+        other = "an optimizer that clips by the norm" if clip_norm is None else f"clip_norm={clip_norm!r}"
+        raise ConfigError(
+            f"expected clipping by value or by the norm, got clip_value={clip_value!r} and {other}; leave one out"
+        )
     if clip_norm is not None and optimizer.clip is not None:
         raise ConfigError(
             f"expected one clipping by the global norm, got clip_norm={clip_norm!r} and an optimizer that clips by it "

@@ -84,9 +84,13 @@ class TensorStates:
         for declared in self.declared:
             self.start(declared)
 
+    def declared_of(self, index: int) -> tuple[State, ...]:
+        """The states of a parameter that are kept here."""
+        return tuple(declared for declared in self.declared if declared in self._states[index])
+
     def of(self, index: int, *, elements: bool) -> dict[str, Tensor]:
         """What this rank keeps of a parameter's states: those of elements, or the others; flat, or one number."""
-        wanted = [d for d in self.declared if d in self._states[index] and (d.shape == "element") == elements]
+        wanted = [d for d in self.declared_of(index) if (d.shape == "element") == elements]
         cuts = {declared.name: self._cut(declared, self._group.rank)[index] for declared in wanted}
         return {name: self._buffers[name][cut] for name, cut in cuts.items()}
 
