@@ -117,6 +117,9 @@ class Precision:
         return self.compute if self.accumulate is None else self.accumulate
 
 
+PrecisionChoice = Precision | Mapping[str, Precision] | Callable[[str, nn.Module], Precision | None] | None
+
+
 def matches(name: str, pattern: str) -> bool:
     """Whether a dotted name matches a pattern part by part ('blocks.*' has two); '*' alone matches every name."""
     parts, patterns = name.split("."), pattern.split(".")

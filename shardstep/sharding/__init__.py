@@ -10,7 +10,7 @@
     loans      shards that peers may take at any time      ownership  whole tensors, for products of matrices
     states     optimizer state, out and in again           handle     what shard() returns
     scaler     the scale of the loss                       nested     tensors in what modules take and return
-    access     full tensors by name
+    access     full tensors by name                        casts      where precisions meet
 
 This room never mentions a particular optimizer.
 """

@@ -90,7 +90,7 @@ class Access:
     # - states
 
     def state(self, name: str, state_name: str) -> Tensor:
-        """A whole state of the update rule, as it will be read next; one in 8 bits decoded. ``step`` as torch has it."""
+        """A whole state of the update rule, as it is read next; one in 8 bits decoded. ``step`` as torch has it."""
         space, index = self._trained(name)
         declared = self._declared(space, index, state_name)
         self._begin(Act.READ_NAMED, ["state", name, state_name])

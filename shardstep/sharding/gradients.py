@@ -90,8 +90,8 @@ class Gradients:
             )
         if self._settled:
             raise SequenceError(
-                "expected optimizer.step() or optimizer.zero_grad() after the gradients were unscaled, read or set, got "
-                "another backward(): their sums are complete, and nothing can be added to them"
+                "expected optimizer.step() or optimizer.zero_grad() after the gradients were unscaled, read or set, "
+                "got another backward(): their sums are complete, and nothing can be added to them"
             )
         if self.scaling is not None:
             self._begin_scaled(self.scaling)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from shardstep.collectives import Group, ProcessGroup
-from shardstep.config import Precision, StageChoice, UnitChoice, checked_schedule
+from shardstep.config import PrecisionChoice, StageChoice, UnitChoice, checked_schedule
 from shardstep.errors import ConfigError, OwnershipError, RankMismatchError
 from shardstep.layout import fingerprint
 from shardstep.optim import Combined, Optimizer
@@ -20,6 +20,7 @@ from shardstep.sharding.access import Access
 from shardstep.sharding.agreement import Agreement
 from shardstep.sharding.attached import Attached
 from shardstep.sharding.buffers import Buffers
+from shardstep.sharding.casts import Precisions
 from shardstep.sharding.clip import Clipping, clip_coefficient
 from shardstep.sharding.formula import Formula, SpaceSize
 from shardstep.sharding.gradients import Gradients
@@ -45,7 +46,7 @@ def shard(
     *,
     stage: StageChoice = 3,
     units: UnitChoice | None = None,
-    precision: Precision | None = None,
+    precision: PrecisionChoice = None,
     clip_norm: float | None = None,
     clip_value: float | None = None,
     loss_scale: LossScaler | float | None = None,
@@ -60,7 +61,9 @@ def shard(
     ``units``: name patterns or classes of the modules that are gathered and freed together; by default the
     repeated blocks of the model. Whatever is in none of them forms the root unit.
     ``precision``: dtypes of computation, communication and master; by default the parameters' own, with a
-    float32 master for low-precision ones. ``clip_norm``: clip the mean gradient to this global 2-norm.
+    float32 master for low-precision ones. Exceptions by a mapping of module-name patterns (each counts for a module and
+    all in it, the first that matches decides), or a function (name, module) -> Precision, or None as around it.
+    ``clip_norm``: clip the mean gradient to this global 2-norm.
     ``clip_value``: clip every element of it to [-clip_value, clip_value].
     ``loss_scale``: a LossScaler or a power of two, for parameters in float16: what goes back through the model's
     outputs is multiplied by it, low-precision outputs are returned in float32, steps that overflow are left out.
@@ -71,11 +74,12 @@ def shard(
     All ranks call it with models of equal structure; they go on from rank 0's values. Raises ConfigError,
     OwnershipError or RankMismatchError before anything is changed.
     """
-    _check_arguments(model, optimizer, precision, clip_norm, clip_value, prefetch)
+    _check_arguments(model, optimizer, clip_norm, clip_value, prefetch)
     scaler = scaler_of(loss_scale)
     device = _one_device(model)
     _check_ownership(model, optimizer)
-    plans = plan_units(model, units, stage, precision, optimizer.rule_of)
+    precisions = Precisions(model, precision)
+    plans = plan_units(model, units, stage, precisions.of, optimizer.rule_of)
     schedule_ = checked_schedule(schedule, {plan.name: plan.stage for plan in plans})
     ranks = Group(group)
     buffers = Buffers(model, ranks)
@@ -101,8 +105,9 @@ def shard(
     trace = NonFiniteTrace(optimizer, ranks) if trace_nonfinite else None
     by_norm = optimizer.clip if clip_norm is None else partial(clip_coefficient, clip_norm=clip_norm)
     clipping = Clipping(by_norm, clip_value)
-    input_dtype = precision.params if precision else None
+    input_dtype = precisions.root.params if precisions.root else None
     hooks = Hooks(built, gradients, agreement, Attached(model, built), prefetch, input_dtype)
+    precisions.install()
     unfreezing = Unfreezing(built, gradients, agreement, hooks, ranks)
     step = Step(optimizer, trained, gradients, agreement, buffers, clipping, trace, unfreezing, ranks, ledger)
     whole = Whole(model, built, gradients, agreement, ranks)
@@ -152,7 +157,6 @@ def _lend(units: list[Unit], group: Group) -> list[Loan]:
 def _check_arguments(
     model: nn.Module,
     optimizer: Optimizer | Combined,
-    precision: Precision | None,
     clip_norm: float | None,
     clip_value: float | None,
     prefetch: int,
@@ -169,8 +173,6 @@ def _check_arguments(
     if not any(True for _ in model.parameters()):
         raise ConfigError(f"expected a model with parameters, but {type(model).__name__} has none; nothing to shard")
     check_built(model)
-    if precision is not None and not isinstance(precision, Precision):
-        raise ConfigError(f"expected precision to be a shardstep.Precision or None, got {precision!r}")
     for name, bound in (("clip_norm", clip_norm), ("clip_value", clip_value)):
         if bound is not None and not (isinstance(bound, int | float) and bound > 0):
             raise ConfigError(f"expected {name} to be a positive number or None, got {bound!r}")

@@ -206,3 +206,112 @@ def test_states_go_to_another_sharding_without_a_master():
     other.load_state_dict(model.state_dict())
     again.load_state_dict(states)
     assert ss.digest(other, again) == ss.digest(model, optimizer)
+
+
+# - exceptions by module
+
+LOW = ss.Precision(BF16, BF16)
+WIDE = ss.Precision(F32, F32)
+NORMS_WIDE = {"blocks.*.norm": WIDE, "*": LOW}
+
+
+def norms_wide(name: str, module: nn.Module) -> ss.Precision | None:
+    return WIDE if isinstance(module, nn.LayerNorm) else None if name else LOW
+
+
+def exceptional(stage: Any, precision: Any) -> tuple[str, dict[str, str]]:
+    model, optimizer, _ = train(Tied, Tokens(), steps=2, stage=stage, precision=precision)
+    dtypes = {name: str(parameter.dtype) for name, parameter in model.named_parameters()}
+    return ss.digest(model, optimizer), dtypes
+
+
+def exceptional_runs(runs: list[tuple[Any, Any]]) -> list[Any]:
+    return [exceptional(*run) for run in runs]
+
+
+def test_norms_in_float32_in_a_model_in_bfloat16(ranks):
+    digest, dtypes = exceptional(0, NORMS_WIDE)
+    assert {name for name, dtype in dtypes.items() if dtype == "torch.float32"} == {
+        f"blocks.{i}.norm.{part}" for i in range(3) for part in ("weight", "bias")
+    }
+    assert exceptional(2, norms_wide) == (digest, dtypes)
+    assert exceptional(0, LOW)[0] != digest
+    for results in ranks(2).run(exceptional_runs, [(stage, NORMS_WIDE) for stage in (0, 3, MIXED)]):
+        assert results == [(digest, dtypes)] * 3
+
+
+class Watched(nn.Module):
+    """Notes the dtypes that reach a module, in containers too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor, *, more: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        self.seen = [x.dtype, more["x"].dtype, more["index"].dtype, self.weight.dtype]
+        return x * self.weight + more["x"], more["index"]
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Linear(3, 3), nn.ModuleList([Watched()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y, index = self.inner[0](x, more={"x": x, "index": torch.arange(3)})
+        self.seen = [x.dtype, y.dtype, index.dtype]
+        return y
+
+
+@pytest.mark.parametrize(
+    "precision", [{"inner.0": WIDE, "*": LOW}, {"inner": WIDE, "*": LOW}, {"inner.*": WIDE, "first": LOW, "": LOW}]
+)
+def test_a_module_is_given_its_own_dtype_and_its_outputs_go_on_in_the_callers(precision):
+    model = Around()
+    ss.shard(model, ss.optim.SGD(model.parameters()), precision=precision)
+    model(torch.ones(2, 3)).float().sum().backward()
+    assert model.inner[0].seen == [F32, F32, torch.int64, F32]
+    assert model.seen == [BF16, BF16, torch.int64]
+
+
+def test_an_exception_alone_is_cast_back_to_what_it_was_given():
+    model = Around()
+    ss.shard(model, ss.optim.SGD(model.parameters()), precision={"inner.0": LOW})
+    assert model(torch.ones(2, 3)).dtype == F32
+    assert model.inner[0].seen == [BF16, BF16, torch.int64, BF16]
+
+
+def test_buffers_keep_their_dtype():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    optimizer = ss.optim.SGD(model.parameters(), lr=0.1)
+    ss.shard(model, optimizer, precision={"1": WIDE, "*": LOW})
+    model(torch.randn(8, 4)).float().sum().backward()
+    optimizer.step()
+    assert [buffer.dtype for buffer in model.buffers()] == [F32, F32, torch.int64]
+    assert [p.dtype for p in model.parameters()] == [BF16, BF16, F32, F32, BF16, BF16]
+
+
+@pytest.mark.parametrize(
+    ("precision", "text"),
+    [
+        (
+            {"embed": LOW, "*": WIDE},
+            "one precision for a parameter that two modules have, .* in 'embed' and .*'head'",
+        ),
+        ({"*": "bf16"}, r"name patterns with one each, .* got 'bf16' for module ''"),
+        (lambda name, module: 16, "got 16 for module ''"),
+    ],
+)
+def test_precisions_that_have_no_meaning(precision, text):
+    model = Tied()
+    with pytest.raises(ss.ConfigError, match=text):
+        ss.shard(model, ss.optim.SGD(p for p in model.parameters() if p.requires_grad), precision=precision)
+
+
+def test_the_formula_knows_spaces_of_several_dtypes(ranks):
+    names = {"blocks.*.*_norm": WIDE, "*": LOW}
+    runs = [(own, {"stage": stage, "precision": names}) for stage in (0, 1, 2, 3) for own in (1, 2)]
+    for results in ranks(2).run(counted_runs, runs):
+        for run, row in zip(runs, results, strict=True):
+            assert (row.peak, row.sent) == (row.formula, row.sent_formula), run
