@@ -186,6 +186,7 @@ class Space:
 
     def publish(self, phase: str) -> Pending | None:
         """Begin to send the updated shard to every rank that keeps the parameters whole (stages 1 and 2)."""
+        torch.clear_autocast_cache()  # or a region around several steps would compute with casts of old values
         if self.stage.shard_params or not self.stage.shard_state:
             return None
         label = f"gather of {self.where} for {phase}"
@@ -193,6 +194,7 @@ class Space:
 
     def keep_writes(self) -> None:
         """Take over values that the user wrote into the whole parameters, where they differ."""
+        torch.clear_autocast_cache()
         own = self.flat[self.owned]
         if self.values.data_ptr() != own.data_ptr():
             self.values.copy_(own)
