@@ -93,15 +93,13 @@ class Gradients:
                 "expected optimizer.step() or optimizer.zero_grad() after the gradients were unscaled, read or set, "
                 "got another backward(): their sums are complete, and nothing can be added to them"
             )
-        if self.scaling is not None:
-            self._begin_scaled(self.scaling)
         for space in self._spaces:
             space.withdraw_stand_ins()
         self._agreement.announce(Act.BACKWARD, self.step, self.leaves)
         self._open, self._turn = {space.tag for space in self._spaces}, 0
         self.in_backward = True
 
-    def _begin_scaled(self, scaling: Scaling) -> None:
+    def _check_scaled(self, scaling: Scaling) -> None:
         if not scaling.reached:
             raise SequenceError(
                 "expected a loss made of what the model returns, whose gradients the loss scale multiplies, got "
@@ -117,6 +115,8 @@ class Gradients:
                 f"the gradient of {space.layout.slots[index].name!r} arrived after the leaf of {space.where} was "
                 f"complete; a parameter may receive its gradient once in a backward pass"
             )
+        if self.scaling is not None:
+            self._check_scaled(self.scaling)
         if not space.write_leaf(index):
             return False
         self._complete(space)
@@ -124,6 +124,8 @@ class Gradients:
 
     def end_backward(self) -> None:
         """Complete the leaves of spaces with unused parameters and wait for what is on its way."""
+        if self.scaling is not None:
+            self.scaling.reached = False
         for space in self._turns:
             if space.tag in self._open:
                 self._complete(space)
@@ -132,8 +134,6 @@ class Gradients:
         self.leaves += 1
         self.most_leaves = max(self.most_leaves, self.leaves)
         self.in_backward = False
-        if self.scaling is not None:
-            self.scaling.reached = False
 
     def finish(self) -> None:
         """Send what the schedule per step has kept back."""

@@ -46,8 +46,8 @@ class Hooks:
         def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
             return self._before_forward(order, args, kwargs)
 
-        def after(module: nn.Module, args: Any, output: Any) -> Any:
-            return self._after_forward(order, output)
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            self._after_forward(order, output)
 
         unit.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
         unit.module.register_forward_hook(after, always_call=True)
@@ -68,37 +68,29 @@ class Hooks:
         if self._depth == 1 and not self._gradients.in_backward:
             self._begin_forward()
         self._gather(order, self._units[order + 1 : order + 1 + self._prefetch], "forward")
-        return self._inputs(args, kwargs) if order == 0 else None
-
-    def _inputs(self, args: Any, kwargs: Any) -> Any:
-        """What the root is given: in the dtype that it computes in, and with gradients that leave it unscaled."""
-        scaling = self._gradients.scaling
-        if self._depth == 1 and scaling is not None and torch.is_grad_enabled():
-            args, kwargs = scaling.inputs((args, kwargs))
-        if self._input_dtype is not None:
+        if order == 0 and self._input_dtype is not None:
             return _cast(args, self._input_dtype), _cast(kwargs, self._input_dtype)
-        return args, kwargs
+        return None
 
     def _begin_forward(self) -> None:
         self._attached.check()
         if any(map(_communicates, self._units)):
             self._agreement.announce(Act.FORWARD, self._gradients.step, self._gradients.leaves)
 
-    def _after_forward(self, order: int, output: Any) -> Any:
-        """Free what is not needed next; what the root returns may be another output, whose gradients are scaled."""
+    def _after_forward(self, order: int, output: Any) -> None:
         self._depth -= 1
         if self._lost:
-            return None
+            return
         unit = self._units[order]
         turning = torch.is_grad_enabled() and self._expect_backward(order, output)
-        if not self._gradients.in_backward:
-            if not (turning and self._begins_backward(order)):
-                unit.free()
-            for other, unit in enumerate(self._units) if self._depth == 0 else ():
+        if self._gradients.in_backward:
+            return
+        if not (turning and self._begins_backward(order)):
+            unit.free()
+        if self._depth == 0:
+            for other, unit in enumerate(self._units):
                 if not (turning and self._begins_backward(other)):
                     unit.free()
-        scaling = self._gradients.scaling if turning and order == 0 and self._depth == 0 else None
-        return None if scaling is None else scaling.outputs(output)
 
     def _expect_backward(self, order: int, output: Any) -> bool:
         """Have backward gather the unit when it reaches one of its outputs; False when it never will."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shardstep.errors import ConfigError
 from shardstep.sharding.nested import mapped
@@ -127,6 +127,7 @@ class Scaling:
         self.reached = False
         """Whether a backward pass has come through a model's outputs."""
         self._of_step: float | None = None
+        self._depth = 0
 
     @property
     def scale(self) -> float:
@@ -144,13 +145,21 @@ class Scaling:
         """The next micro-batch begins a new step, with the scaler's scale."""
         self._of_step, self.reached = None, False
 
-    def outputs(self, output: Any) -> Any:
-        """What the model returns: low-precision tensors in float32, and gradients scaled on their way back."""
-        return mapped(output, self._output)
+    def install(self, model: nn.Module) -> None:
+        """Scale what goes back through the outputs of ``model``. Other hooks on its forward are installed before."""
 
-    def inputs(self, arguments: Any) -> Any:
-        """What the model is given: gradients that leave it there go on without the scale."""
-        return mapped(arguments, self._input)
+        def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            self._depth += 1
+            if self._depth == 1 and torch.is_grad_enabled():
+                return mapped((args, kwargs), self._input)
+            return None
+
+        def after(module: nn.Module, args: Any, output: Any) -> Any:
+            self._depth -= 1
+            return mapped(output, self._output) if self._depth == 0 and torch.is_grad_enabled() else None
+
+        model.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+        model.register_forward_hook(after, always_call=True)
 
     def told(self) -> list[bool]:
         """The scale as flags, of which `differs` can tell whether all ranks have set the same."""
@@ -164,6 +173,7 @@ class Scaling:
         return any(one and other for one, other in zip(flags[:_BITS], flags[_BITS : 2 * _BITS], strict=True))
 
     def _output(self, tensor: Tensor) -> Tensor:
+        """In float32 or wider, with gradients that are scaled on their way back."""
         if not (tensor.requires_grad and tensor.is_floating_point()):
             return tensor
         dtype = torch.promote_types(tensor.dtype, torch.float32)
@@ -171,6 +181,7 @@ class Scaling:
         return scaled
 
     def _input(self, tensor: Tensor) -> Tensor:
+        """With gradients that go on without the scale."""
         if not (tensor.requires_grad and tensor.is_floating_point()):
             return tensor
         scaled: Tensor = _Scaled.apply(tensor, self, tensor.dtype, True)  # type: ignore[no-untyped-call]

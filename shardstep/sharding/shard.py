@@ -108,6 +108,8 @@ def shard(
     input_dtype = precisions.root.params if precisions.root else None
     hooks = Hooks(built, gradients, agreement, Attached(model, built), prefetch, input_dtype)
     precisions.install()
+    if scaling is not None:
+        scaling.install(model)
     unfreezing = Unfreezing(built, gradients, agreement, hooks, ranks)
     step = Step(optimizer, trained, gradients, agreement, buffers, clipping, trace, unfreezing, ranks, ledger)
     whole = Whole(model, built, gradients, agreement, ranks)
