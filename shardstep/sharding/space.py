@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from shardstep.collectives import Group, Pending
 from shardstep.config import Precision, Stage
+from shardstep.errors import SequenceError
 from shardstep.layout import Layout, Slot
 from shardstep.optim.states import begin
 from shardstep.rules.binding import scales_among, stored_arrays
@@ -209,7 +210,11 @@ class Space:
         parameter, slot = self.parameters[index], self.layout.slots[index]
         leaf = self._open_leaf()
         grad = parameter.grad
-        assert grad is not None
+        if grad is None:
+            raise SequenceError(
+                f"expected the gradient of {slot.name!r} in .grad when autograd has accumulated it, got None: a hook "
+                f"that was registered before shard() took it away; leave it there, and let optimizer.step() update"
+            )
         leaf[slot.offset : slot.end].view(slot.shape).copy_(grad.hand_over() if isinstance(grad, StandIn) else grad)
         parameter.grad = self.stand_ins[index]
         self._written.add(index)

@@ -56,7 +56,7 @@ class StandIn(Tensor):
         raise UnsupportedError(
             f"{func.__name__} needs the values of the gradient of {stand_in.parameter_name!r}, which are spread over "
             f"the ranks from backward() to step(): clip by shard(clip_norm=...), read one by sharded.full_grad(name), "
-            f"and scale the loss rather than gradients"
+            f"change it in tensor.register_hook(), and scale the loss rather than gradients"
         )
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
