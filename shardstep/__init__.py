@@ -27,7 +27,7 @@ from shardstep.errors import (
 )
 from shardstep.optim.define import rule
 from shardstep.rules import inline, state, zeros
-from shardstep.sharding import MicroBatch, Sharded, digest, gathered, shard
+from shardstep.sharding import LossScaler, MicroBatch, Sharded, digest, gathered, shard
 
 __all__ = [
     "ArgumentTypeError",
@@ -35,6 +35,7 @@ __all__ = [
     "CollectiveError",
     "ConfigError",
     "FreedParameterError",
+    "LossScaler",
     "MicroBatch",
     "MissingKeyError",
     "NonFiniteGradientError",

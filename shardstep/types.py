@@ -152,7 +152,13 @@ Combine = Callable[[list[list[Tensor]], list[tuple[str, ...]]], list[list[Tensor
 
 
 class FlatSource(Protocol):
-    """Whoever holds the parameters, gradients and state of an optimizer as flat runs."""
+    """Whoever holds the parameters, gradients and state of an optimizer as flat runs.
+
+    ``left_out``: whether the last step was, because its gradients had overflowed under the loss's scale; it had no
+    batches then.
+    """
+
+    left_out: bool
 
     def batches(self, *, per_tensor: bool, whole: Set[int]) -> Iterator[Batch]:
         """What to update now; each batch is updated before the next one is asked for.

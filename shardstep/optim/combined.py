@@ -230,6 +230,8 @@ class Combined(torch.optim.Optimizer):
 class _Elsewhere:
     """The source of an optimizer that was sharded as a part of a combined one, which does its work."""
 
+    left_out = False
+
     def batches(self, *, per_tensor: bool, whole: Set[int]) -> Iterator[Any]:
         raise self._refusal("step()")
 

@@ -222,6 +222,11 @@ class Optimizer(torch.optim.Optimizer):
         """Whether a source holds the state."""
         return self._source is not None
 
+    @property
+    def left_out(self) -> bool:
+        """Whether the source has left the last step out, so that nothing is to be counted."""
+        return self._source is not None and self._source.left_out
+
     def attach(self, source: FlatSource) -> None:
         """Let ``source`` hold parameters, gradients and state from now on; it takes over the state there is.
 

@@ -169,14 +169,13 @@ class AdamWScheduleFree(Optimizer):
         before = [{"lr_max": group["lr_max"], "weight_sum": group["weight_sum"]} for group in self.param_groups]
         for group in self.param_groups:
             _weigh(group)
+        made = False
         try:
             super().step()
-        except BaseException:  # a step that cannot be made changes nothing
+            made = not self.left_out
+        finally:  # a step that is not made changes nothing
             for group, values in zip(self.param_groups, before, strict=True):
-                group.update(values)
-            raise
-        for group in self.param_groups:
-            group["k"] += 1
+                group.update({"k": group["k"] + 1} if made else values)
         return loss
 
     @torch.no_grad()

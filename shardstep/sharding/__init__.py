@@ -9,13 +9,16 @@
     averages   where averages of parameters lie            statistics  BatchNorm's, over the ranks' micro-batches
     loans      shards that peers may take at any time      ownership  whole tensors, for products of matrices
     states     optimizer state, out and in again           handle     what shard() returns
+    scaler     the scale of the loss                       nested     tensors in what modules take and return
+    access     full tensors by name                        casts      where precisions meet
 
 This room never mentions a particular optimizer.
 """
 
 from shardstep.sharding.batches import MicroBatch
 from shardstep.sharding.handle import Sharded
+from shardstep.sharding.scaler import LossScaler
 from shardstep.sharding.shard import shard
 from shardstep.sharding.whole import digest, gathered
 
-__all__ = ["MicroBatch", "Sharded", "digest", "gathered", "shard"]
+__all__ = ["LossScaler", "MicroBatch", "Sharded", "digest", "gathered", "shard"]

@@ -28,6 +28,8 @@ class Act(IntEnum):
     KEEP_WRITES = 8
     TRAIN = 9
     EVALUATE = 10
+    READ_NAMED = 11
+    WRITE_NAMED = 12
 
 
 _SENTENCES = {
@@ -42,6 +44,8 @@ _SENTENCES = {
     Act.STATISTICS: "runs another micro-batch of average.update_bn()",
     Act.TRAIN: "calls optimizer.train()",
     Act.EVALUATE: "calls optimizer.eval()",
+    Act.READ_NAMED: "reads a full tensor by name",
+    Act.WRITE_NAMED: "writes a full tensor by name",
 }
 
 

@@ -112,7 +112,8 @@ class ShardedAverages:
                     average[start - owned.start : stop - owned.start].copy_(values)
 
     def _average(self, space: Space) -> Tensor:
-        return space.master if self._swapped else space.averages[self._number]
+        average = space.averages[self._number]
+        return space.master if self._swapped and space.master.dtype == average.dtype else average
 
     def _swap(self) -> None:
         """Only on this rank. Parameters that are whole, or on their way, are freed: they are about to be others."""

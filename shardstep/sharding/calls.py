@@ -28,6 +28,8 @@ class Call:
     module: nn.Module
     start: int
     within: Pass
+    enters: bool
+    """Whether the user calls it; not a module around it, nor a checkpoint in a backward pass."""
     end: int = 0
 
 
@@ -38,13 +40,17 @@ class Calls:
         self.running: list[Call] = []
         self.needs: list[set[int]] = [set() for _ in range(units)]
         """For each unit the others whose parameters its own forward uses, as found so far."""
+        self._entrances: set[int] = set()
         self._clock = 0
         self._uses = [0] * units
 
-    def enter(self, order: int, module: nn.Module) -> Call:
+    def enter(self, order: int, module: nn.Module, *, repeats: bool) -> Call:
+        """``repeats``: in a backward pass, where only modules that were called by themselves are entered again."""
+        if not (self.running or repeats):
+            self._entrances.add(id(module))
         within = self.running[-1].within if self.running else Pass()
         self._clock += 1
-        call = Call(order, module, self._clock, within)
+        call = Call(order, module, self._clock, within, not self.running and id(module) in self._entrances)
         self.running.append(call)
         for used in (order, *self.needs[order]):
             within.first.setdefault(used, call.start)

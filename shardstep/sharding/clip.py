@@ -1,11 +1,13 @@
 """The global norm, with bits that do not depend on who owns what.
 
 Each rank sums the squares of its run block by block, in float64 and in a fixed order of additions; all block
-sums then meet on every rank in the order of the layouts and are added there. Nothing here changes a gradient:
-the coefficient goes into the update's one multiplication.
+sums then meet on every rank in the order of the layouts and are added there. The norm changes no gradient: the
+coefficient goes into the update's one multiplication. Clipping by value is of single elements, where they are.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +19,20 @@ from shardstep.sharding.space import Space
 from shardstep.types import BLOCK_NUMEL
 
 
+@dataclass(frozen=True)
+class Clipping:
+    """How a step clips. ``by_norm``: the factor of all gradients, given the norm of their mean; ``value``: the largest
+    magnitude of an element of the mean.
+    """
+
+    by_norm: Callable[[float], float] | None = None
+    value: float | None = None
+
+    def factor(self, norm: float | None) -> float:
+        """What all gradients are multiplied by."""
+        return 1.0 if self.by_norm is None or norm is None else self.by_norm(norm)
+
+
 def global_norm(runs: list[tuple[Space, Tensor]], group: Group, step: int) -> float:
     """The 2-norm over all spaces; ``runs`` holds this rank's run (shard numel) of each space's gradient sum."""
     own = torch.cat([block_sums(values) for _, values in runs])
@@ -26,15 +42,25 @@ def global_norm(runs: list[tuple[Space, Tensor]], group: Group, step: int) -> fl
         blocks = values.numel() // BLOCK_NUMEL
         ordered.append(sums[:, offset : offset + blocks].reshape(-1)[: space.layout.blocks])
         offset += blocks
-    norm = math.sqrt(torch.cat(ordered).sum().item())
-    if not math.isfinite(norm):
-        raise NonFiniteGradientError(_first_non_finite(runs, group, step, norm))
-    return norm
+    return math.sqrt(torch.cat(ordered).sum().item())
 
 
 def clip_coefficient(norm: float, clip_norm: float) -> float:
     """What gradients of this norm are multiplied by; the formula of torch.nn.utils.clip_grad_norm_."""
     return min(1.0, clip_norm / (norm + 1e-6))
+
+
+def clip_values(runs: list[Tensor], bound: float) -> None:
+    """Bring every element into [-bound, bound], as torch.nn.utils.clip_grad_value_ does; NaN stays."""
+    for values in runs:
+        limit = min(bound, torch.finfo(values.dtype).max)
+        values.clamp_(-limit, limit)
+
+
+def check_finite(norm: float, runs: list[tuple[Space, Tensor]], group: Group, step: int) -> None:
+    """Raise NonFiniteGradientError if the norm of ``runs`` is not finite: there is no way to clip by it. Collective."""
+    if not math.isfinite(norm):
+        raise NonFiniteGradientError(_first_non_finite(runs, group, step, norm))
 
 
 def _first_non_finite(runs: list[tuple[Space, Tensor]], group: Group, step: int, norm: float) -> str:

@@ -21,7 +21,7 @@ class Entered(Protocol):
 
     def before_forward(self, order: int, module: nn.Module, args: Any, kwargs: Any) -> Any: ...
 
-    def after_forward(self, module: nn.Module, output: Any) -> None: ...
+    def after_forward(self, module: nn.Module, output: Any) -> Any: ...
 
 
 def rest_of_root(units: list[Unit]) -> Iterator[nn.Module]:
@@ -61,11 +61,10 @@ class After(NotCopied):
     def __init__(self, hooks: Entered) -> None:
         self._hooks = hooks
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if torch.compiler.is_compiling():
-            _untraced(self._hooks.after_forward, module, output)
-        else:
-            self._hooks.after_forward(module, output)
+            return _untraced(self._hooks.after_forward, module, output)
+        return self._hooks.after_forward(module, output)
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]  # which imports the compiler: so it is called only where that is at work

@@ -114,14 +114,17 @@ class Formula:
         return list(zip(trained, places_by_rule(described, self.world_size), strict=True))
 
     def _state_bytes(self, space: SpaceSize, there: list[Place]) -> int:
-        master, owned = space.precision.master, self._owned(space)
-        kept = owned * master.itemsize * (self.averages + (master != space.precision.params))
+        precision, owned = space.precision, self._owned(space)
+        kept = owned * self.averages * precision.compute.itemsize
+        kept += owned * precision.master.itemsize if precision.master != precision.params else 0
         arrays = [(declared, array) for declared in in_all(space.states) for array in stored_arrays(declared)]
-        kept += sum(owned // a.per * (a.dtype or dtype_of(declared, master)).itemsize for declared, a in arrays)
+        kept += sum(
+            owned // a.per * (a.dtype or dtype_of(declared, precision.compute)).itemsize for declared, a in arrays
+        )
         first = self.rank * owned if space.stage.shard_state else 0
         by_tensor = sum(
             kept_numel(declared, slot, slice(first, first + owned), place.owner == self.rank)
-            * dtype_of(declared, master).itemsize
+            * dtype_of(declared, precision.compute).itemsize
             for declared in in_some(space.states)
             for slot, states, place in zip(space.layout.slots, space.states, there, strict=True)
             if declared in states
@@ -187,9 +190,9 @@ class Formula:
         if self.schedule == "per leaf" or self.own_leaves == 1:
             sent += self.own_leaves * one_gather * reduce
         else:
-            sent += one_gather * space.precision.master.itemsize
+            sent += one_gather * space.precision.sums.itemsize
         if not space.stage.shard_state:
-            return sent + one_gather * space.precision.master.itemsize
+            return sent + one_gather * space.precision.sums.itemsize
         return sent if space.stage.shard_params else sent + one_gather * params
 
 
@@ -201,7 +204,7 @@ class _Leaves:
         self._world_size, self._rank = formula.world_size, formula.rank
         self._padded = space.layout.padded_numel(formula.world_size)
         self._shard = space.layout.shard_numel(formula.world_size)
-        self.tree, self._local = (Tree(ledger, space.precision.master) for _ in range(2))
+        self.tree, self._local = (Tree(ledger, space.precision.sums) for _ in range(2))
         self._kept = None if space.stage.shard_grads else self._take(self._padded, space.precision.reduce)
         self._leaf: Tensor | None = None
         self._sent: Partial | None = None

@@ -9,6 +9,7 @@ summed locally.
 Nothing here knows about modules or optimizers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from shardstep.collectives import Group, Pending
 from shardstep.config import Schedule
-from shardstep.errors import ConfigError, SequenceError
+from shardstep.errors import ConfigError, RankMismatchError, SequenceError
 from shardstep.sharding.agreement import Act, Agreement
 from shardstep.sharding.memory import Ledger
 from shardstep.sharding.reduce import Partial
+from shardstep.sharding.scaler import Scaling
 from shardstep.sharding.space import Space
 from shardstep.sharding.stand_in import StandIn
 
@@ -38,9 +40,15 @@ class Gradients:
     """The leaves of one step over all trained spaces of a model."""
 
     def __init__(
-        self, spaces: list[Space], group: Group, ledger: Ledger, schedule: Schedule, agreement: Agreement
+        self,
+        spaces: list[Space],
+        group: Group,
+        ledger: Ledger,
+        schedule: Schedule,
+        agreement: Agreement,
+        scaling: Scaling | None,
     ) -> None:
-        self.schedule = schedule
+        self.schedule, self.scaling = schedule, scaling
         self.leaves = 0
         """Backward passes that this rank has finished since the last step."""
         self.step = 0
@@ -51,6 +59,7 @@ class Gradients:
         self.unscaling = 1.0
         """What this step's gradients are multiplied by because the loss was scaled."""
         self._infinite: bool | None = None
+        self._settled = False
         self._spent = self._mixed = self._broken = self._arrived = False
         self._group, self._ledger, self._agreement = group, ledger, agreement
         self._expected_leaves: int | None = None
@@ -80,10 +89,10 @@ class Gradients:
                 "backward(): some of the gradients of the first one are there and others are not"
             )
         self._discard_what_was_zeroed()
-        if self._infinite is not None:
+        if self._settled:
             raise SequenceError(
-                "expected optimizer.step() or optimizer.zero_grad() after the gradients were unscaled, got another "
-                "backward(): its gradients would be added to those without the scale"
+                "expected optimizer.step() or optimizer.zero_grad() after the gradients were unscaled, read or set, "
+                "got another backward(): their sums are complete, and nothing can be added to them"
             )
         for space in self._spaces:
             space.withdraw_stand_ins()
@@ -111,6 +120,15 @@ class Gradients:
                 f"of {given} gradients were set to None or replaced; call optimizer.zero_grad()"
             )
 
+    def _check_scaled(self, scaling: Scaling) -> None:
+        if not scaling.reached:
+            raise SequenceError(
+                "expected a loss made of what the model returns, whose gradients the loss scale multiplies, got "
+                "gradients that came another way; call the model itself, and multiply a loss that uses parameters only "
+                "by sharded.loss_scale and add it to that"
+            )
+        self.unscaling = 1.0 / scaling.scale
+
     def arrived(self, space: Space, index: int, *, in_parts: bool) -> None:
         """Take parameter ``index``'s gradient; the last one of a leaf completes it, and it is sent.
 
@@ -121,6 +139,8 @@ class Gradients:
                 f"the gradient of {space.layout.slots[index].name!r} arrived after the leaf of {space.where} was "
                 f"complete; a parameter may receive its gradient once in a backward pass"
             )
+        if self.scaling is not None:
+            self._check_scaled(self.scaling)
         if not self._arrived:
             self._begin_leaf()
         if space.write_leaf(index) and not in_parts:
@@ -135,6 +155,8 @@ class Gradients:
 
         A pass that gave no parameter a gradient (torch.autograd.grad for other tensors) was no micro-batch.
         """
+        if self.scaling is not None:
+            self.scaling.reached = False
         if not self._arrived:
             self.in_backward = False
             for space in self._spaces:
@@ -152,6 +174,8 @@ class Gradients:
     def leave_backward(self) -> None:
         """The pass was left by an exception: what it has gathered cannot be used."""
         self.in_backward, self._broken = False, self._arrived
+        if self.scaling is not None:
+            self.scaling.reached = False
 
     def finish(self) -> None:
         """Send what the schedule per step has kept back."""
@@ -163,28 +187,70 @@ class Gradients:
 
     def unscale(self, factor: float) -> bool:
         """Have the step multiply its gradients by ``factor``; whether any is infinite or NaN anywhere. Collective."""
+        if self.scaling is not None:
+            raise ConfigError(
+                "expected one scaling of the loss, got torch.amp.GradScaler for a model with shard(loss_scale=...); "
+                "leave one out"
+            )
         if self._infinite is None:
-            self._agreement.announce(Act.UNSCALE, self.step, self.leaves)
+            self.announce(Act.UNSCALE)
             self._agreement.confirm()
-            self.check_complete_subtrees()
-            self.finish()
-            own = not all(bool(torch.isfinite(space.tree.total().values).all()) for space in self._spaces)
-            self._agreement.announce(Act.UNSCALE, self.step, self.leaves, [own])
-            flags = self._agreement.confirm()
-            self.unscaling, self._infinite = factor, own if flags is None else flags[0]
+            self.settle()
+            self.unscaling, self._infinite = factor, self._any([not self.are_finite()])[0]
         return self._infinite
+
+    def settle(self) -> None:
+        """Complete the sums of all gradients; nothing can be added after that. Collective, after an announcement."""
+        self.check_complete_subtrees()
+        self.finish()
+        for space in self._spaces:
+            space.tree.total()
+        self._settled = True
+
+    @property
+    def divisor(self) -> float:
+        """What makes means, without the loss's scale, of the sums of all gradients."""
+        return self.leaves * self._group.size / self.unscaling
+
+    def announce(self, act: Act, flags: Sequence[bool] = ()) -> None:
+        """Tell the other ranks what is done at this point of the loop."""
+        self._agreement.announce(act, self.step, self.leaves, flags)
+
+    def are_finite(self) -> bool:
+        """Whether the sums of all gradients are, on this rank."""
+        return all(map(_is_finite, (space.tree.total().values for space in self._spaces)))
+
+    def overflowed(self, here: bool, scaling: Scaling) -> bool:
+        """Whether any rank has gradients that are not finite under the loss's scale. Collective."""
+        anywhere, *scales = self._any([here, *scaling.told()])
+        if scaling.differs(scales):
+            raise RankMismatchError(
+                f"expected the same loss scale on all ranks, but rank {self._group.rank} has {scaling.scale} in step "
+                f"{self.step} and another rank has not; load the same LossScaler.state_dict() everywhere"
+            )
+        return anywhere
+
+    def _any(self, own: list[bool]) -> list[bool]:
+        """Which flags any rank has set. Collective."""
+        self.announce(Act.UNSCALE, own)
+        flags = self._agreement.confirm()
+        return own if flags is None else flags
 
     def discard(self) -> None:
         """Forget all leaves, and allow the next backward pass."""
+        if self.in_backward:
+            self.leave_backward()
         self._forget()
         for space in self._spaces:
             space.drop_stand_ins()
         self._spent = self._mixed = self._broken = False
 
-    def spend(self) -> None:
-        """The step is done: its gradients are gone, and what is added before ``discard`` could not be stepped with."""
+    def spend(self, *, left_out: bool = False) -> None:
+        """The step is done, or left out: its gradients are gone, and what is added before ``discard`` is of no use."""
+        if self.scaling is not None:
+            self.scaling.scaler.update(left_out)
         self._forget()
-        self.step += 1
+        self.step += not left_out
         self._spent = True
 
     def _forget(self) -> None:
@@ -194,7 +260,9 @@ class Gradients:
         for space in self._spaces:
             space.drop_gradients()
         self.leaves, self._expected_leaves = 0, None
-        self.unscaling, self._infinite = 1.0, None
+        self.unscaling, self._infinite, self._settled = 1.0, None, False
+        if self.scaling is not None:
+            self.scaling.end_step()
 
     def _complete(self, space: Space) -> None:
         self._open.discard(space.tag)
@@ -249,3 +317,9 @@ class Gradients:
                 f"expected a power of two micro-batches on each rank for schedule='per step', got {self.leaves}; "
                 f"the local sums would not be complete parts of the fixed tree: use schedule='per leaf'"
             )
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Without temporaries: the extremes of values with a NaN are NaN."""
+    least, most = torch.aminmax(values)
+    return bool(torch.isfinite(least) and torch.isfinite(most))

@@ -6,10 +6,11 @@ Nothing here changes what training computes.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from shardstep.collectives import Group, Traffic
 from shardstep.config import Schedule
+from shardstep.sharding.access import Access
 from shardstep.sharding.batches import BatchPlan, Collate, MapDataset, MicroBatch, micro_batches
 from shardstep.sharding.formula import Formula
 from shardstep.sharding.gradients import Gradients
@@ -41,8 +42,9 @@ class Sharded:
         formula: Callable[[int], Formula],
         seeds: list[nn.Parameter],
         hooks: Hooks,
+        access: Access,
     ) -> None:
-        self._seeds, self._hooks = seeds, hooks
+        self._seeds, self._hooks, self._access = seeds, hooks, access
         self._units, self._group, self._ledger = units, group, ledger
         self._gradients, self._step, self._formula = gradients, step, formula
 
@@ -68,6 +70,17 @@ class Sharded:
     def grad_norm(self) -> float | None:
         """The norm of the last step's mean gradient before clipping; None when nothing clips."""
         return self._step.grad_norm
+
+    @property
+    def skipped(self) -> int:
+        """Steps left out so far because gradients overflowed under the loss's scale."""
+        return self._step.skipped
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What losses are multiplied by now; None without ``shard(loss_scale=...)``."""
+        scaling = self._gradients.scaling
+        return None if scaling is None else scaling.present
 
     @property
     def step_count(self) -> int:
@@ -96,6 +109,34 @@ class Sharded:
         averages = max(len(space.averages) for unit in self._units for space in unit.spaces)
         formula = replace(self._formula(max(1, self._gradients.most_leaves)), averages=averages)
         return ByteReport(self._ledger.peak, formula.peak(), formula.unsharded().peak())
+
+    def full_param(self, name: str) -> Tensor:
+        """The whole parameter of that name, a copy: its master, if it has one. Every rank calls it, as all of these."""
+        return self._access.param(name)
+
+    def full_grad(self, name: str) -> Tensor | None:
+        """The mean of its gradients, after the step's last backward(); None if no rank has one.
+
+        Without the loss's scale and before clipping, in float32 or what leaves are summed in. optimizer.step() or
+        zero_grad() must follow before the next backward().
+        """
+        return self._access.grad(name)
+
+    def full_state(self, name: str, state_name: str) -> Tensor:
+        """A state that the optimizer keeps of it, such as 'exp_avg', or 'step'; one in 8 bits is decoded."""
+        return self._access.state(name, state_name)
+
+    def set_full_param(self, name: str, values: Tensor) -> None:
+        """Replace it by rank 0's ``values``: its master, and the low-precision copy that is computed with."""
+        self._access.set_param(name, values)
+
+    def set_full_grad(self, name: str, values: Tensor) -> None:
+        """Have the step that follows, and its norm, use rank 0's ``values`` as its mean gradient."""
+        self._access.set_grad(name, values)
+
+    def set_full_state(self, name: str, state_name: str, values: Tensor) -> None:
+        """Replace a state of it by rank 0's ``values``."""
+        self._access.set_state(name, state_name, values)
 
     def micro_batches(
         self,

@@ -23,6 +23,7 @@ from shardstep.sharding.calls import Call, Calls, Live
 from shardstep.sharding.entrances import After, Before, rest_of_root
 from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.outputs import tensors_at, tensors_in, written_attributes
+from shardstep.sharding.scaler import Scaling
 from shardstep.sharding.space import Space
 from shardstep.sharding.unit import Unit
 
@@ -38,9 +39,10 @@ class Hooks:
         attached: Attached,
         prefetch: int,
         input_dtype: torch.dtype | None,
+        scaling: Scaling | None,
     ) -> None:
         self._units, self._gradients, self._agreement, self._attached = units, gradients, agreement, attached
-        self._prefetch, self._input_dtype = prefetch, input_dtype
+        self._prefetch, self._input_dtype, self._scaling = prefetch, input_dtype, scaling
         self._calls, self._live = Calls(len(units)), Live()
         self._task = -1
         """The number that autograd has given to this backward pass."""
@@ -81,9 +83,8 @@ class Hooks:
         return bool(self._calls.running) and self._calls.running[-1].module is not module
 
     def before_forward(self, order: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        outermost = not self._calls.running
-        self._calls.enter(order, module)
-        in_backward = self._is_in_backward()
+        outermost, in_backward = not self._calls.running, self._is_in_backward()
+        enters = self._calls.enter(order, module, repeats=in_backward).enters
         if outermost and not in_backward:
             self._begin_forward()
         ahead = range(0)
@@ -92,9 +93,17 @@ class Hooks:
         if outermost and in_backward:
             self._free_done(None, {order, *self._calls.needs[order], *ahead})
         self._gather(order, ahead, "backward" if in_backward else "forward")
-        if order == 0 and self._input_dtype is not None:
-            return _cast(args, self._input_dtype), _cast(kwargs, self._input_dtype)
-        return None
+        return self._inputs(order, enters, args, kwargs)
+
+    def _inputs(self, order: int, enters: bool, args: Any, kwargs: Any) -> Any:
+        """What the module is called with instead; None for what it was given."""
+        scaling = self._scaling if enters else None
+        input_dtype = self._input_dtype if order == 0 else None
+        if scaling is not None:
+            args, kwargs = scaling.inputs(args, kwargs)
+        if input_dtype is not None:
+            args, kwargs = _cast(args, input_dtype), _cast(kwargs, input_dtype)
+        return None if scaling is None and input_dtype is None else (args, kwargs)
 
     def _is_in_backward(self) -> bool:
         """Whether this forward is a part of a backward pass (a checkpoint's); if so, that pass has begun."""
@@ -109,10 +118,15 @@ class Hooks:
         if any(map(_communicates, self._units)):
             self._agreement.announce(Act.FORWARD, self._gradients.step, self._gradients.leaves)
 
-    def after_forward(self, module: nn.Module, output: Any) -> None:
+    def after_forward(self, module: nn.Module, output: Any) -> Any:
+        """What the module returns instead; None for what it has returned."""
         call = self._calls.leave(module)
         if call is None or self._lost:
-            return
+            return None
+        self._after_call(call, output)
+        return self._scaling.outputs(output) if call.enters and self._scaling is not None else None
+
+    def _after_call(self, call: Call, output: Any) -> None:
         turning = torch.is_grad_enabled() and self._expect_backward(call, output)
         if self._gradients.in_backward or self._kept:
             return
@@ -178,8 +192,8 @@ class Hooks:
                 args, kwargs = self.before_forward(0, root, args, kwargs) or (args, kwargs)
                 output = method(*args, **kwargs)
             finally:
-                self.after_forward(root, output)
-            return output
+                changed = self.after_forward(root, output)
+            return output if changed is None else changed
 
         setattr(root, name, entry)
 

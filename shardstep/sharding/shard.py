@@ -11,15 +11,17 @@ import torch
 from torch import nn
 
 from shardstep.collectives import Group, ProcessGroup
-from shardstep.config import Precision, StageChoice, UnitChoice, checked_schedule
+from shardstep.config import PrecisionChoice, StageChoice, UnitChoice, checked_schedule
 from shardstep.errors import ConfigError, OwnershipError, RankMismatchError
 from shardstep.layout import fingerprint
 from shardstep.optim import Combined, Optimizer
 from shardstep.optim.unruled import refusal
+from shardstep.sharding.access import Access
 from shardstep.sharding.agreement import Agreement
 from shardstep.sharding.attached import Attached
 from shardstep.sharding.buffers import Buffers
-from shardstep.sharding.clip import clip_coefficient
+from shardstep.sharding.casts import Precisions
+from shardstep.sharding.clip import Clipping, clip_coefficient
 from shardstep.sharding.formula import Formula, SpaceSize
 from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.handle import Sharded
@@ -28,6 +30,7 @@ from shardstep.sharding.loans import Loan
 from shardstep.sharding.memory import Ledger
 from shardstep.sharding.modules import check_built, named_modules, seeds
 from shardstep.sharding.nonfinite import NonFiniteTrace
+from shardstep.sharding.scaler import FLAGS, LossScaler, Scaling, scaler_of
 from shardstep.sharding.space import Space
 from shardstep.sharding.states import make_states
 from shardstep.sharding.step import Step
@@ -43,8 +46,10 @@ def shard(
     *,
     stage: StageChoice = 3,
     units: UnitChoice | None = None,
-    precision: Precision | None = None,
+    precision: PrecisionChoice = None,
     clip_norm: float | None = None,
+    clip_value: float | None = None,
+    loss_scale: LossScaler | float | None = None,
     schedule: str | None = None,
     prefetch: int = 1,
     trace_nonfinite: bool = False,
@@ -56,7 +61,12 @@ def shard(
     ``units``: name patterns or classes of the modules that are gathered and freed together; by default the
     repeated blocks of the model. Whatever is in none of them forms the root unit.
     ``precision``: dtypes of computation, communication and master; by default the parameters' own, with a
-    float32 master for low-precision ones. ``clip_norm``: clip the mean gradient to this global 2-norm.
+    float32 master for low-precision ones. Exceptions by a mapping of module-name patterns (each counts for a module and
+    all in it, the first that matches decides), or a function (name, module) -> Precision, or None as around it.
+    ``clip_norm``: clip the mean gradient to this global 2-norm.
+    ``clip_value``: clip every element of it to [-clip_value, clip_value].
+    ``loss_scale``: a LossScaler or a power of two, for parameters in float16: what goes back through the model's
+    outputs is multiplied by it, low-precision outputs are returned in float32, steps that overflow are left out.
     ``schedule``: 'per leaf' (default) or 'per step' (stages 0 and 1). ``prefetch``: units gathered ahead.
     ``trace_nonfinite``: a step that makes an infinity or NaN raises NonFiniteUpdateError, which names the parameter,
     the element, the rank and the line of the rule; for debugging, since it copies what is updated.
@@ -64,16 +74,24 @@ def shard(
     All ranks call it with models of equal structure; they go on from rank 0's values. Raises ConfigError,
     OwnershipError or RankMismatchError before anything is changed.
     """
-    _check_arguments(model, optimizer, precision, clip_norm, prefetch)
+    _check_arguments(model, optimizer, clip_norm, clip_value, prefetch)
+    scaler = scaler_of(loss_scale)
     device = _one_device(model)
     _check_ownership(model, optimizer)
-    plans = plan_units(model, units, stage, precision, optimizer.rule_of)
+    precisions = Precisions(model, precision)
+    plans = plan_units(model, units, stage, precisions.of, optimizer.rule_of)
     schedule_ = checked_schedule(schedule, {plan.name: plan.stage for plan in plans})
     ranks = Group(group)
     buffers = Buffers(model, ranks)
-    _check_equal_on_all_ranks(
-        _described(plans, buffers, schedule_, clip_norm, optimizer.clip is not None, trace_nonfinite), ranks
-    )
+    options = {
+        "schedule": schedule_,
+        "clip_norm": clip_norm,
+        "clip_value": clip_value,
+        "clipping by the optimizer": optimizer.clip is not None,
+        "loss_scale": repr(scaler),
+        "trace_nonfinite": trace_nonfinite,
+    }
+    _check_equal_on_all_ranks({**_described(plans, buffers), **options}, ranks)
 
     ledger = Ledger(device)
     buffers.follow_rank_0()
@@ -81,14 +99,17 @@ def shard(
     trained = [space for unit in built for space in unit.spaces if space.trained]
     make_states(trained, optimizer.states_of, optimizer.rule_of, ranks.size)
     flags = sum(len(space.parameters) for space in trained) + len(buffers.owners)
-    agreement = Agreement(ranks, flags, _lend(built, ranks))
-    gradients = Gradients(trained, ranks, ledger, schedule_, agreement)
+    agreement = Agreement(ranks, max(flags, 0 if scaler is None else 1 + FLAGS), _lend(built, ranks))
+    scaling = None if scaler is None else Scaling(scaler)
+    gradients = Gradients(trained, ranks, ledger, schedule_, agreement, scaling)
     trace = NonFiniteTrace(optimizer, ranks) if trace_nonfinite else None
-    clip = optimizer.clip if clip_norm is None else partial(clip_coefficient, clip_norm=clip_norm)
-    input_dtype = precision.params if precision else None
-    hooks = Hooks(built, gradients, agreement, Attached(model, built), prefetch, input_dtype)
+    by_norm = optimizer.clip if clip_norm is None else partial(clip_coefficient, clip_norm=clip_norm)
+    clipping = Clipping(by_norm, clip_value)
+    input_dtype = precisions.root.params if precisions.root else None
+    precisions.install()
+    hooks = Hooks(built, gradients, agreement, Attached(model, built), prefetch, input_dtype, scaling)
     unfreezing = Unfreezing(built, gradients, agreement, hooks, ranks)
-    step = Step(optimizer, trained, gradients, agreement, buffers, clip, trace, unfreezing, ranks, ledger)
+    step = Step(optimizer, trained, gradients, agreement, buffers, clipping, trace, unfreezing, ranks, ledger)
     whole = Whole(model, built, gradients, agreement, ranks)
     for _, module in named_modules(model):
         setattr(module, ATTRIBUTE, whole)
@@ -100,11 +121,12 @@ def shard(
         sizes = [[_size(space, optimizer, order) for space in unit.spaces] for unit in built]
         return Formula(sizes, ranks.size, own_leaves, prefetch, schedule_, ranks.rank)
 
-    return Sharded(built, ranks, ledger, gradients, step, formula, seeds(model), hooks)
+    access = Access(model, built, gradients, agreement, ranks)
+    return Sharded(built, ranks, ledger, gradients, step, formula, seeds(model), hooks, access)
 
 
 def _size(space: Space, optimizer: Optimizer | Combined, order: Mapping[str, int]) -> SpaceSize:
-    moved = [optimizer.moved_bytes(p, space.precision.master) for p in space.parameters] if space.trained else []
+    moved = [optimizer.moved_bytes(p, space.precision.compute) for p in space.parameters] if space.trained else []
     travelling = tuple(own for own in moved if own is not None)
     rule = optimizer.rule_of(space.parameters[0])
     states = [optimizer.states_of(parameter) for parameter in space.parameters]
@@ -135,8 +157,8 @@ def _lend(units: list[Unit], group: Group) -> list[Loan]:
 def _check_arguments(
     model: nn.Module,
     optimizer: Optimizer | Combined,
-    precision: Precision | None,
     clip_norm: float | None,
+    clip_value: float | None,
     prefetch: int,
 ) -> None:
     if not isinstance(optimizer, Optimizer | Combined):
@@ -151,10 +173,14 @@ def _check_arguments(
     if not any(True for _ in model.parameters()):
         raise ConfigError(f"expected a model with parameters, but {type(model).__name__} has none; nothing to shard")
     check_built(model)
-    if precision is not None and not isinstance(precision, Precision):
-        raise ConfigError(f"expected precision to be a shardstep.Precision or None, got {precision!r}")
-    if clip_norm is not None and not (isinstance(clip_norm, int | float) and clip_norm > 0):
-        raise ConfigError(f"expected clip_norm to be a positive number or None, got {clip_norm!r}")
+    for name, bound in (("clip_norm", clip_norm), ("clip_value", clip_value)):
+        if bound is not None and not (isinstance(bound, int | float) and bound > 0):
+            raise ConfigError(f"expected {name} to be a positive number or None, got {bound!r}")
+    if clip_value is not None and (clip_norm is not None or optimizer.clip is not None):
+        other = "an optimizer that clips by the norm" if clip_norm is None else f"clip_norm={clip_norm!r}"
+        raise ConfigError(
+            f"expected clipping by value or by the norm, got clip_value={clip_value!r} and {other}; leave one out"
+        )
     if clip_norm is not None and optimizer.clip is not None:
         raise ConfigError(
             f"expected one clipping by the global norm, got clip_norm={clip_norm!r} and an optimizer that clips by it "
@@ -197,24 +223,13 @@ def _check_ownership(model: nn.Module, optimizer: Optimizer | Combined) -> None:
             raise OwnershipError(f"expected the optimizer to own {name!r} once, but it is there {count} times")
 
 
-def _described(
-    plans: list[UnitPlan],
-    buffers: Buffers,
-    schedule: str,
-    clip_norm: float | None,
-    clips: bool,
-    trace_nonfinite: bool,
-) -> dict[str, str | float | None]:
-    """What must be the same everywhere, by the name that a message gives it."""
+def _described(plans: list[UnitPlan], buffers: Buffers) -> dict[str, str | float | None]:
+    """What of the model must be the same everywhere, by the name that a message gives it."""
     return {
         "layout": fingerprint((plan.name, space.layout) for plan in plans for space in plan.spaces),
         "stages": ", ".join(f"{plan.name!r}: {plan.stage.number}" for plan in plans),
         "buffers": ", ".join(buffers.owners),
         "precision": ", ".join(sorted({str(space.precision) for plan in plans for space in plan.spaces})),
-        "schedule": schedule,
-        "clip_norm": clip_norm,
-        "clipping by the optimizer": clips,
-        "trace_nonfinite": trace_nonfinite,
     }
 
 

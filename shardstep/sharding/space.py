@@ -5,10 +5,10 @@
     shard    shard numel    this rank's run of the parameters; a view of ``flat`` below stage 3.
     values   owned numel    what the rule's result is written to: ``flat`` at stage 0, else ``shard``.
     master   owned numel    what the rule updates: ``values`` itself, or a wider copy of it.
-    state    owned numel    one buffer per named state of the rule, in its declared dtype or the master's; scales of
-                            8-bit states have one entry for each 256 elements;
+    state    owned numel    one buffer per named state of the rule, in its declared dtype or what the rule computes
+                            in; scales of 8-bit states have one entry for each 256 elements;
                             what is kept tensor by tensor is in `tensor_states`.
-    averages owned numel    one buffer per `shardstep.Average` of the model, in the master's dtype.
+    averages owned numel    one buffer per `shardstep.Average` of the model, in what the rule computes in.
     leaf     padded numel   the gradient of the current micro-batch; kept between steps below stage 2.
     tree     shard numel    partial sums of all ranks' leaves over this rank's run.
     local    padded numel   partial sums of this rank's own leaves (schedule per step).
@@ -17,6 +17,7 @@ A space gathers, frees and holds; when to do so is decided in `hooks` and `step`
 """
 
 from collections.abc import Callable, Set
+from hashlib import blake2b
 from operator import attrgetter, is_
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from shardstep.collectives import Group, Pending
 from shardstep.config import Precision, Stage
+from shardstep.errors import SequenceError
 from shardstep.layout import Layout, Slot
 from shardstep.optim.states import begin
 from shardstep.rules.binding import scales_among, stored_arrays
@@ -59,8 +61,8 @@ class Space:
         self.padded_numel = layout.padded_numel(group.size)
         self.steps = [0] * len(parameters)
         self.touched: set[int] = set()
-        self.tree = Tree(ledger, precision.master)
-        self.local = Tree(ledger, precision.master)
+        self.tree = Tree(ledger, precision.sums)
+        self.local = Tree(ledger, precision.sums)
         self.state: dict[str, Tensor] = {}
         self.averages: list[Tensor] = []
         self.declared: tuple[State, ...] = ()
@@ -81,6 +83,9 @@ class Space:
         self._leaf: Tensor | None = None
         self._kept_leaf: Tensor | None = None
         self._written: set[int] = set()
+        self._kept_values: Tensor | None = None
+        self.seed = _seed_of(precision, layout)
+        """Of the noise that new parameters are rounded with."""
         self.stand_ins: list[StandIn] = []
         """For each parameter, its ``.grad`` from backward to zero_grad(); empty while nothing is trained."""
         self._standing: set[int] = set()
@@ -200,6 +205,7 @@ class Space:
 
     def publish(self, phase: str) -> Pending | None:
         """Begin to send the updated shard to every rank that keeps the parameters whole (stages 1 and 2)."""
+        torch.clear_autocast_cache()  # or a region around several steps would compute with casts of old values
         if self.stage.shard_params or not self.stage.shard_state:
             return None
         label = f"gather of {self.where} for {phase}"
@@ -207,6 +213,7 @@ class Space:
 
     def keep_writes(self) -> None:
         """Take over values that the user wrote into the whole parameters, where they differ."""
+        torch.clear_autocast_cache()
         own = self.flat[self.owned]
         if self.values.data_ptr() != own.data_ptr():
             self.values.copy_(own)
@@ -221,7 +228,11 @@ class Space:
         parameter, slot = self.parameters[index], self.layout.slots[index]
         leaf = self._open_leaf()
         grad = parameter.grad
-        assert grad is not None
+        if grad is None:
+            raise SequenceError(
+                f"expected the gradient of {slot.name!r} in .grad when autograd has accumulated it, got None: a hook "
+                f"that was registered before shard() took it away; leave it there, and let optimizer.step() update"
+            )
         part = leaf[slot.offset : slot.end].view(slot.shape)
         values = grad.hand_over() if isinstance(grad, StandIn) else grad
         (part.add_ if index in self._written else part.copy_)(values)
@@ -307,7 +318,7 @@ class Space:
         for declared in self.declared:
             if declared.name not in self.state:
                 for array in stored_arrays(declared):
-                    numel, dtype = self.master.numel() // array.per, array.dtype or self.precision.master
+                    numel, dtype = self.master.numel() // array.per, array.dtype or self.precision.compute
                     self.state[array.name] = self._ledger.take("state", numel, dtype)
                 self.start_state(declared)
         if self.by_tensor.declared != in_some(states) or self.by_tensor.owners != self._owners:
@@ -332,14 +343,19 @@ class Space:
 
     def make_average(self) -> None:
         """Allocate one more average over what this rank owns."""
-        self.averages.append(self._ledger.take("state", self.master.numel(), self.precision.master))
+        self.averages.append(self._ledger.take("state", self.master.numel(), self.precision.compute))
 
     def exchange(self, number: int) -> None:
         """Let the parameters and average ``number`` change places on this rank; the same again undoes it, to the bit.
 
-        (But a NaN in parameters that have a wider master may come back as another NaN.)
+        (But a NaN in parameters that have a wider master may come back as another NaN.) Parameters in 16 bits without
+        a master are copied meanwhile; the average stays where it is.
         """
         self.exchanged = not self.exchanged
+        if self.values.dtype != self.averages[number].dtype and self.master is self.values:
+            kept, self._kept_values = self._kept_values, self.values.clone() if self.exchanged else None
+            self.values.copy_(self.averages[number] if kept is None else kept)
+            return
         if self.master is not self.values:
             self.master, self.averages[number] = self.averages[number], self.master
             self.values.copy_(self.master)
@@ -373,3 +389,11 @@ def _never() -> bool:
 
 
 _GRAD = attrgetter("grad")
+
+
+def _seed_of(precision: Precision, layout: Layout) -> int | None:
+    """Another one for every space, since noise is a function of the place in one."""
+    if precision.rounding != "stochastic":
+        return None
+    named = blake2b(f"{precision.seed} {layout.slots[0].name}".encode(), digest_size=8)
+    return int.from_bytes(named.digest(), "little")

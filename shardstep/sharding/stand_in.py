@@ -55,8 +55,8 @@ class StandIn(Tensor):
         stand_in = next(arg for arg in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(arg, cls))
         raise UnsupportedError(
             f"{func.__name__} needs the values of the gradient of {stand_in.parameter_name!r}, which are spread over "
-            f"the ranks from backward() to step(): clip with shard(clip_norm=...), read the norm in sharded.grad_norm, "
-            f"and scale the loss rather than gradients"
+            f"the ranks from backward() to step(): clip with shard(clip_norm=...), read it by sharded.full_grad(name), "
+            f"change it in tensor.register_hook(), and scale the loss rather than gradients"
         )
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]

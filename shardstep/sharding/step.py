@@ -3,17 +3,18 @@
 `Step` is the optimizer's `FlatSource`: it never knows which rule runs, only where its numbers lie.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+import math
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Literal
 
 from torch import Tensor, nn
 
 from shardstep.collectives import Group, Pending
-from shardstep.errors import SequenceError
 from shardstep.optim import Combined, Optimizer
+from shardstep.sharding.access import check_writable
 from shardstep.sharding.agreement import Act, Agreement
 from shardstep.sharding.buffers import Buffers
-from shardstep.sharding.clip import global_norm
+from shardstep.sharding.clip import Clipping, check_finite, clip_values, global_norm
 from shardstep.sharding.combination import Combination, Key
 from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.memory import Ledger
@@ -36,7 +37,7 @@ class Step:
         gradients: Gradients,
         agreement: Agreement,
         buffers: Buffers,
-        clip: Callable[[float], float] | None,
+        clipping: Clipping,
         trace: NonFiniteTrace | None,
         unfreezing: Unfreezing,
         group: Group,
@@ -44,8 +45,11 @@ class Step:
     ) -> None:
         self.grad_norm: float | None = None
         """The norm of the last step's mean gradient, before clipping; None when nothing clips."""
+        self.skipped = 0
+        """Steps left out because gradients overflowed under the loss's scale."""
+        self.left_out = False
         self._optimizer, self._spaces, self._gradients = optimizer, spaces, gradients
-        self._agreement, self._buffers, self._clip = agreement, buffers, clip
+        self._agreement, self._buffers, self._clipping = agreement, buffers, clipping
         self._trace, self._unfreezing, self._group, self._ledger = trace, unfreezing, group, ledger
         self._rules = {space.tag: optimizer.rule_of(space.parameters[0]) for space in spaces}
 
@@ -55,7 +59,7 @@ class Step:
         """What this rank updates, space by space; each is published as soon as it is updated. Then one batch for each
         rule of ``whole``, so that its tensors are put together at all owners at the same time.
         """
-        self._check_writable("optimizer.step()")
+        check_writable(self._spaces, "optimizer.step()")
         updates = self._begin()
         publishing: list[Pending] = []
         single = [update for update in updates if update.rule not in whole]
@@ -87,7 +91,7 @@ class Step:
 
     def between_steps(self, call: Literal["train()", "eval()"]) -> Iterator[list[tuple[nn.Parameter, Segment]]]:
         """What this rank owns of each parameter that has been updated, space by space; published as after a step."""
-        self._check_writable(f"optimizer.{call}")
+        check_writable(self._spaces, f"optimizer.{call}")
         self._announce(Act.TRAIN if call == "train()" else Act.EVALUATE)
         groups, publishing = self._group_of_each(), list[Pending]()
         for space in self._spaces:
@@ -121,7 +125,7 @@ class Step:
 
     def write_parameters(self, values: Mapping[nn.Parameter, Tensor]) -> None:
         """Replace parameters (and masters) by whole ``values``; every rank gives the same. Collective."""
-        self._check_writable("the replacement of parameters")
+        check_writable(self._spaces, "the replacement of parameters")
         self._announce(Act.READ_WHOLE)
         for space in self._spaces:
             whole = space.whole(space.master, "writing parameters")
@@ -140,20 +144,28 @@ class Step:
         self._gradients.prepare_step()
         groups = self._group_of_each()
         self._unfreezing.check_not_trained(groups)
+        self.left_out = False
         self._agree()
         if not self._gradients.leaves:
             return []
         updates = [self._update(space, groups) for space in self._spaces]
         for update in updates:
             self._optimizer.check_update(update.tensors)
-        self._gradients.check_complete_subtrees()
-        self._gradients.finish()
-        for space in self._spaces:
-            space.tree.total()
+        self._gradients.settle()
         scale = self._scale()
+        if scale is None:
+            self._leave_out()
+            return []
         for update in updates:
             update.scale = scale
         return updates
+
+    def _leave_out(self) -> None:
+        """Change nothing but the loss's scale and the buffers, which forward has written."""
+        self.left_out = True
+        self.skipped += 1
+        self._buffers.follow_rank_0()
+        self._gradients.spend(left_out=True)
 
     def _update(self, space: Space, groups: dict[int, int]) -> SpaceUpdate:
         keys = self._keys(space, groups)
@@ -204,22 +216,10 @@ class Step:
                     scale = update.scale * self._optimizer.grad_sign(key[0])
                     mine = place.owner == self._group.rank
                     squares = space.by_tensor.of(index, elements=False) if mine else {}
-                    tensors.append(Whole(*key, slot.shape, space.precision.master, scale, slot.offset, squares))
+                    tensors.append(Whole(*key, slot.shape, space.precision.compute, scale, slot.offset, squares))
                     at.append(place)
         last = 2 * max(space.tag for space in self._spaces) + 1
         return Gathering(tensors, at, self._group, self._ledger, (last + 1, last + 2), self._gradients.step)
-
-    def _check_writable(self, what: str) -> None:
-        if any(space.held for space in self._spaces):
-            raise SequenceError(
-                f"expected {what} outside 'with shardstep.gathered(model):', got it inside: what it "
-                "writes would be overwritten by the whole values at the end of the block"
-            )
-        if any(space.exchanged for space in self._spaces):
-            raise SequenceError(
-                f"expected {what} outside 'with average.applied():', got it inside, where the parameters are averages; "
-                "leave the block first"
-            )
 
     def _agree(self) -> None:
         """Compare the count of micro-batches, and learn which parameters and buffers any rank has touched."""
@@ -232,20 +232,31 @@ class Step:
         for space in self._spaces:
             space.touched = {index for index in range(len(space.parameters)) if flags[index]}
             flags = flags[len(space.parameters) :]
-        self._buffers.mark(flags)
+        self._buffers.mark(flags[: len(self._buffers.owners)])
 
     def _announce(self, act: Act) -> None:
         self._agreement.announce(act, self._gradients.step, self._gradients.leaves)
         self._agreement.confirm()
 
-    def _scale(self) -> float:
-        """The one factor of this step's gradient sums: their mean, without the loss's scale, clipped."""
-        leaves = self._gradients.leaves * self._group.size / self._gradients.unscaling
-        if self._clip is None:
-            return 1.0 / leaves
+    def _scale(self) -> float | None:
+        """The one factor of this step's gradient sums: their mean, without the loss's scale, clipped.
+
+        None where a loss scaler has the step left out because they have overflowed.
+        """
+        gradients, group = self._gradients, self._group
+        leaves = gradients.divisor
         runs = [(space, space.tree.total().values) for space in self._spaces]
-        self.grad_norm = global_norm(runs, self._group, self._gradients.step) / leaves
-        return self._clip(self.grad_norm) / leaves
+        norm = None if self._clipping.by_norm is None else global_norm(runs, group, gradients.step)
+        self.grad_norm = None if norm is None else norm / leaves
+        if gradients.scaling is not None:
+            finite = gradients.are_finite() if norm is None else math.isfinite(norm)
+            if gradients.overflowed(not finite, gradients.scaling):
+                return None
+        elif norm is not None:
+            check_finite(norm, runs, group, gradients.step)
+        if self._clipping.value is not None:
+            clip_values([values for _, values in runs], self._clipping.value * leaves)
+        return self._clipping.factor(self.grad_norm) / leaves
 
     def _group_of_each(self) -> dict[int, int]:
         groups = enumerate(self._optimizer.param_groups)

@@ -15,7 +15,7 @@ from torch import Tensor
 from shardstep.collectives import Group
 from shardstep.errors import ConfigError
 from shardstep.layout import Layout, Slot
-from shardstep.rules.binding import CODED, stored_arrays
+from shardstep.rules.binding import CODED, compute_dtype, stored_arrays
 from shardstep.rules.ir import SQUARE, State
 from shardstep.rules.view import state_shape
 from shardstep.sharding.memory import Ledger
@@ -35,9 +35,9 @@ def in_some(states: States) -> tuple[State, ...]:
     return tuple(declared for declared in found if declared not in in_all(states))
 
 
-def dtype_of(declared: State, master: torch.dtype) -> torch.dtype:
+def dtype_of(declared: State, compute: torch.dtype) -> torch.dtype:
     """What it is stored in: one number for a tensor, in float32 as torch keeps ``step``."""
-    return stored_arrays(declared)[0].dtype or (torch.float32 if declared.shape == "tensor" else master)
+    return stored_arrays(declared)[0].dtype or (torch.float32 if declared.shape == "tensor" else compute)
 
 
 def part(slot: Slot, owned: slice) -> tuple[int, int]:
@@ -75,7 +75,7 @@ class TensorStates:
         self._slots, self._states, self._master = layout.slots, states, master
         self._owned, self._group, self._ledger = owned, group, ledger
         for declared in self.declared:
-            if dtype_of(declared, master.dtype) in CODED:
+            if dtype_of(declared, compute_dtype(master)) in CODED:
                 raise ConfigError(
                     f"expected the state {declared.name!r}, which is stored in 8 bits, for every parameter of a unit, "
                     f"but {layout.slots[0].name!r} and others beside it differ in having it; store it in another dtype"
@@ -84,9 +84,13 @@ class TensorStates:
         for declared in self.declared:
             self.start(declared)
 
+    def declared_of(self, index: int) -> tuple[State, ...]:
+        """The states of a parameter that are kept here."""
+        return tuple(declared for declared in self.declared if declared in self._states[index])
+
     def of(self, index: int, *, elements: bool) -> dict[str, Tensor]:
         """What this rank keeps of a parameter's states: those of elements, or the others; flat, or one number."""
-        wanted = [d for d in self.declared if d in self._states[index] and (d.shape == "element") == elements]
+        wanted = [d for d in self.declared_of(index) if (d.shape == "element") == elements]
         cuts = {declared.name: self._cut(declared, self._group.rank)[index] for declared in wanted}
         return {name: self._buffers[name][cut] for name, cut in cuts.items()}
 
@@ -141,7 +145,7 @@ class TensorStates:
 
     def _take(self, declared: State) -> Tensor:
         numel = self._cut(declared, self._group.rank)[-1].stop
-        dtype = dtype_of(declared, self._master.dtype)
+        dtype = dtype_of(declared, compute_dtype(self._master))
         if declared.shape != "tensor":
             return self._ledger.take("state", numel, dtype)
         self._ledger.count("state", numel * dtype.itemsize)

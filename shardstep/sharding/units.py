@@ -38,12 +38,13 @@ def plan_units(
     model: nn.Module,
     units: UnitChoice | None,
     stage: StageChoice,
-    precision: Precision | None,
+    precision_of: Callable[[nn.Parameter], Precision | None],
     rule_of: Callable[[nn.Parameter], int],
 ) -> list[UnitPlan]:
     """Cut ``model`` into units, in the order in which its modules are registered.
 
-    ``rule_of`` numbers the rules that update parameters: a space has one.
+    ``precision_of``: None for a parameter that is taken as it is. ``rule_of`` numbers the rules that update parameters:
+    a space has one of both.
     """
     modules = {"": model, **{name: module for name, module in _chosen(model, units) if name}}
     owned = _parameters_by_unit(model, modules)
@@ -51,7 +52,7 @@ def plan_units(
     for name, module in modules.items():
         if not owned[name] and name:
             continue
-        spaces = _spaces(owned[name], precision, rule_of)
+        spaces = _spaces(owned[name], precision_of, rule_of)
         plans.append(UnitPlan(name, module, resolve_stage(stage, name, module), spaces))
     return plans
 
@@ -124,15 +125,17 @@ def _parameters_by_unit(model: nn.Module, modules: dict[str, nn.Module]) -> dict
 
 
 def _spaces(
-    named: list[tuple[str, nn.Parameter]], precision: Precision | None, rule_of: Callable[[nn.Parameter], int]
+    named: list[tuple[str, nn.Parameter]],
+    precision_of: Callable[[nn.Parameter], Precision | None],
+    rule_of: Callable[[nn.Parameter], int],
 ) -> list[SpacePlan]:
-    """One space for each (trained, dtype, rule) among the parameters, trained ones first."""
+    """One space for each (trained, precision, rule) among the parameters, trained ones first."""
     groups: dict[tuple[bool, Precision, int], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in named:
         if not parameter.is_floating_point():
             raise ConfigError(f"expected floating-point parameters, got {parameter.dtype} for {name!r}")
         rule = rule_of(parameter) if parameter.requires_grad else 0
-        kind = (not parameter.requires_grad, precision or Precision.of(parameter.dtype), rule)
+        kind = (not parameter.requires_grad, precision_of(parameter) or Precision.of(parameter.dtype), rule)
         groups.setdefault(kind, []).append((name, parameter))
     return [
         SpacePlan(

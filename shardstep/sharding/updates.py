@@ -121,6 +121,7 @@ def segment_of(space: Space, gradient: Tensor, run: Run, grad_scale: float) -> S
         grad_scale=grad_scale,
         offset=run.start,
         shape=shape,
+        seed=space.seed,
         start=start,
         tensor_state=tensor_state,
     )

@@ -216,7 +216,7 @@ def test_a_backward_after_unscaling_is_refused():
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(loss_of(model, 0, 0)).backward()
     scaler.unscale_(optimizer)
-    with pytest.raises(ss.SequenceError, match="after the gradients were unscaled, got another backward"):
+    with pytest.raises(ss.SequenceError, match=r"after the gradients were unscaled, .*got another backward"):
         loss_of(model, 0, 1).backward()
     optimizer.zero_grad()
     loss_of(model, 0, 1).backward()

@@ -13,7 +13,7 @@ from tests.sharding.models import BF16, Convolutions, Tied
 
 
 def planned(model: nn.Module, units=None, stage=3, precision=None) -> dict[str, UnitPlan]:
-    return {plan.name: plan for plan in plan_units(model, units, stage, precision, lambda _: 0)}
+    return {plan.name: plan for plan in plan_units(model, units, stage, lambda _: precision, lambda _: 0)}
 
 
 def names_in(plan: UnitPlan) -> list[str]:
@@ -204,7 +204,7 @@ def space_slots(plan: UnitPlan):
 def test_a_space_has_one_rule():
     """What two optimizers update lies apart, also if it is alike otherwise; frozen parameters have no rule."""
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2).requires_grad_(False))
-    (plan,) = plan_units(model, None, 3, None, lambda parameter: parameter.ndim)
+    (plan,) = plan_units(model, None, 3, lambda _: None, lambda parameter: parameter.ndim)
     assert [[slot.name for slot in space.layout.slots] for space in plan.spaces] == [
         ["0.weight"],
         ["0.bias"],

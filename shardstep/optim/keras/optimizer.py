@@ -157,7 +157,7 @@ class KerasOptimizer(Optimizer):
             if self._schedule is not None:
                 group["lr"] = float(self._schedule(iterations))
         super().step()
-        for group in self.param_groups:
+        for group in self.param_groups if not self.left_out else ():
             self.advance(group)
         return loss
 
