@@ -14,8 +14,9 @@ This room never mentions a particular optimizer.
 """
 
 from shardstep.sharding.batches import MicroBatch
+from shardstep.sharding.construction import partitioned
 from shardstep.sharding.handle import Sharded
 from shardstep.sharding.shard import shard
 from shardstep.sharding.whole import digest, gathered
 
-__all__ = ["MicroBatch", "Sharded", "digest", "gathered", "shard"]
+__all__ = ["MicroBatch", "Sharded", "digest", "gathered", "partitioned", "shard"]

@@ -6,6 +6,7 @@ the optimizer stay the objects that they were.
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,11 +21,15 @@ from shardstep.sharding.agreement import Agreement
 from shardstep.sharding.attached import Attached
 from shardstep.sharding.buffers import Buffers
 from shardstep.sharding.clip import clip_coefficient
+from shardstep.sharding.cut import check_cut
+from shardstep.sharding.first_values import FromModel, Source
 from shardstep.sharding.formula import Formula, SpaceSize
 from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.handle import Sharded
 from shardstep.sharding.hooks import Hooks
 from shardstep.sharding.loans import Loan
+from shardstep.sharding.materialise import check as check_meta
+from shardstep.sharding.materialise import materialise, materialise_buffers, real_device
 from shardstep.sharding.memory import Ledger
 from shardstep.sharding.modules import check_built, named_modules, seeds
 from shardstep.sharding.nonfinite import NonFiniteTrace
@@ -34,6 +39,7 @@ from shardstep.sharding.step import Step
 from shardstep.sharding.unfreezing import Unfreezing
 from shardstep.sharding.unit import Unit
 from shardstep.sharding.units import UnitPlan, plan_units
+from shardstep.sharding.weights import FromFile
 from shardstep.sharding.whole import ATTRIBUTE, Whole
 
 
@@ -48,6 +54,7 @@ def shard(
     schedule: str | None = None,
     prefetch: int = 1,
     trace_nonfinite: bool = False,
+    weights: str | Path | None = None,
     group: ProcessGroup | None = None,
 ) -> Sharded:
     """Shard ``model`` and ``optimizer`` in place over the ranks of ``group`` (all of them by default).
@@ -60,24 +67,34 @@ def shard(
     ``schedule``: 'per leaf' (default) or 'per step' (stages 0 and 1). ``prefetch``: units gathered ahead.
     ``trace_nonfinite``: a step that makes an infinity or NaN raises NonFiniteUpdateError, which names the parameter,
     the element, the rank and the line of the rule; for debugging, since it copies what is updated.
+    ``weights``: a .safetensors file, an index of several, or a folder with either, to begin with instead of what the
+    model holds; each rank reads only what it keeps.
 
     All ranks call it with models of equal structure; they go on from rank 0's values. Raises ConfigError,
     OwnershipError or RankMismatchError before anything is changed.
     """
     _check_arguments(model, optimizer, precision, clip_norm, prefetch)
     device = _one_device(model)
+    check_meta(model, weights is not None)
     _check_ownership(model, optimizer)
     plans = plan_units(model, units, stage, precision, optimizer.rule_of)
     schedule_ = checked_schedule(schedule, {plan.name: plan.stage for plan in plans})
     ranks = Group(group)
+    cut = check_cut(model, ranks)
+    file = None if weights is None else FromFile(weights, model, ranks)
     buffers = Buffers(model, ranks)
     _check_equal_on_all_ranks(
-        _described(plans, buffers, schedule_, clip_norm, optimizer.clip is not None, trace_nonfinite), ranks
+        _described(plans, buffers, file, cut, schedule_, clip_norm, optimizer.clip is not None, trace_nonfinite), ranks
     )
 
     ledger = Ledger(device)
+    if file is None:
+        materialise(model, device, ranks)
+    else:
+        file.load_buffers(model, device)
+        materialise_buffers(model, device)
     buffers.follow_rank_0()
-    built = _build(plans, ranks, ledger)
+    built = _build(plans, ranks, ledger, file or FromModel(ranks))
     trained = [space for unit in built for space in unit.spaces if space.trained]
     make_states(trained, optimizer.states_of, optimizer.rule_of, ranks.size)
     flags = sum(len(space.parameters) for space in trained) + len(buffers.owners)
@@ -112,14 +129,13 @@ def _size(space: Space, optimizer: Optimizer | Combined, order: Mapping[str, int
     return SpaceSize(space.layout, space.precision, space.trained, space.stage, states, rule, travelling, places)
 
 
-def _build(plans: list[UnitPlan], group: Group, ledger: Ledger) -> list[Unit]:
+def _build(plans: list[UnitPlan], group: Group, ledger: Ledger, source: Source) -> list[Unit]:
     units, tag = [], 0
     for plan in plans:
         spaces = []
         for space in plan.spaces:
-            spaces.append(
-                Space(plan.name, tag, space.layout, space.parameters, plan.stage, space.precision, group, ledger)
-            )
+            laid_out, stored = (space.layout, space.parameters), (plan.stage, space.precision)
+            spaces.append(Space(plan.name, tag, *laid_out, *stored, group, ledger, source))
             tag += 1
         units.append(Unit(plan.name, plan.module, plan.stage, spaces))
     return units
@@ -165,13 +181,15 @@ def _check_arguments(
 
 
 def _one_device(model: nn.Module) -> torch.device:
+    """Where all parameters are, or are going to be when they come from the meta device."""
     first: dict[torch.device, str] = {}
     for name, parameter in model.named_parameters():
-        first.setdefault(parameter.device, name)
+        if not parameter.is_meta:
+            first.setdefault(parameter.device, name)
     if len(first) > 1:
         places = ", ".join(f"{name!r} on {device}" for device, name in first.items())
         raise ConfigError(f"expected all parameters on one device, got {places}; move the model with model.to(device)")
-    return next(iter(first))
+    return next(iter(first), real_device(model))
 
 
 def _check_ownership(model: nn.Module, optimizer: Optimizer | Combined) -> None:
@@ -200,6 +218,8 @@ def _check_ownership(model: nn.Module, optimizer: Optimizer | Combined) -> None:
 def _described(
     plans: list[UnitPlan],
     buffers: Buffers,
+    file: FromFile | None,
+    cut: int,
     schedule: str,
     clip_norm: float | None,
     clips: bool,
@@ -210,6 +230,8 @@ def _described(
         "layout": fingerprint((plan.name, space.layout) for plan in plans for space in plan.spaces),
         "stages": ", ".join(f"{plan.name!r}: {plan.stage.number}" for plan in plans),
         "buffers": ", ".join(buffers.owners),
+        "number of parameters cut while it was built": cut,
+        "file of weights": None if file is None else file.fingerprint,
         "precision": ", ".join(sorted({str(space.precision) for plan in plans for space in plan.spaces})),
         "schedule": schedule,
         "clip_norm": clip_norm,
