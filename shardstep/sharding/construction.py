@@ -23,6 +23,7 @@ from shardstep.collectives import Group, ProcessGroup
 from shardstep.config import Stage
 from shardstep.errors import SequenceError
 from shardstep.sharding.cut import CutParameter, cut, make_whole
+from shardstep.sharding.memory import laying_out
 
 
 class Construction:
@@ -105,7 +106,7 @@ def partitioned(*, stage: int = 3, group: ProcessGroup | None = None) -> Iterato
     if CutParameter.builder is not None:
         raise SequenceError("expected one 'with shardstep.partitioned():' at a time, got one inside another")
     construction = Construction(ranks)
-    with construction.touchable():
+    with laying_out(), construction.touchable():
         with construction.watching():
             yield
         construction.finish()

@@ -30,7 +30,7 @@ from shardstep.sharding.hooks import Hooks
 from shardstep.sharding.loans import Loan
 from shardstep.sharding.materialise import check as check_meta
 from shardstep.sharding.materialise import materialise, materialise_buffers, real_device
-from shardstep.sharding.memory import Ledger
+from shardstep.sharding.memory import Ledger, laying_out
 from shardstep.sharding.modules import check_built, named_modules, seeds
 from shardstep.sharding.nonfinite import NonFiniteTrace
 from shardstep.sharding.space import Space
@@ -88,13 +88,14 @@ def shard(
     )
 
     ledger = Ledger(device)
-    if file is None:
-        materialise(model, device, ranks)
-    else:
-        file.load_buffers(model, device)
-        materialise_buffers(model, device)
-    buffers.follow_rank_0()
-    built = _build(plans, ranks, ledger, file or FromModel(ranks))
+    with laying_out():
+        if file is None:
+            materialise(model, device, ranks)
+        else:
+            file.load_buffers(model, device)
+            materialise_buffers(model, device)
+        buffers.follow_rank_0()
+        built = _build(plans, ranks, ledger, file or FromModel(ranks))
     trained = [space for unit in built for space in unit.spaces if space.trained]
     make_states(trained, optimizer.states_of, optimizer.rule_of, ranks.size)
     flags = sum(len(space.parameters) for space in trained) + len(buffers.owners)
