@@ -9,6 +9,8 @@
     averages   where averages of parameters lie            statistics  BatchNorm's, over the ranks' micro-batches
     loans      shards that peers may take at any time      ownership  whole tensors, for products of matrices
     states     optimizer state, out and in again           handle     what shard() returns
+    construction, cut  models cut while they are built     materialise  models on the meta device
+    first_values  from where a space is filled             weights    the door to files of weights
 
 This room never mentions a particular optimizer.
 """

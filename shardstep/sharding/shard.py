@@ -216,6 +216,9 @@ def _check_ownership(model: nn.Module, optimizer: Optimizer | Combined) -> None:
             raise OwnershipError(f"expected the optimizer to own {name!r} once, but it is there {count} times")
 
 
+_PROBLEM = "problem with the file of weights"
+
+
 def _described(
     plans: list[UnitPlan],
     buffers: Buffers,
@@ -233,6 +236,7 @@ def _described(
         "buffers": ", ".join(buffers.owners),
         "number of parameters cut while it was built": cut,
         "file of weights": None if file is None else file.fingerprint,
+        _PROBLEM: None if file is None else file.problem,
         "precision": ", ".join(sorted({str(space.precision) for plan in plans for space in plan.spaces})),
         "schedule": schedule,
         "clip_norm": clip_norm,
@@ -243,6 +247,10 @@ def _described(
 
 def _check_equal_on_all_ranks(own: dict[str, str | float | None], group: Group) -> None:
     everyone = group.exchange_json(own, label="comparison of models and options in shard()")
+    problems = [(rank, other[_PROBLEM]) for rank, other in enumerate(everyone) if other[_PROBLEM]]
+    if problems:
+        rank, problem = problems[0]
+        raise ConfigError(problem if group.size == 1 else f"rank {rank}: {problem}")
     for rank, other in enumerate(everyone):
         for name, value in other.items():
             if value != everyone[0][name]:

@@ -69,21 +69,17 @@ class FromFile:
     """The weights in a file, for a model whose parameters and persistent buffers it has."""
 
     def __init__(self, path: object, model: nn.Module, group: Group) -> None:
-        """Collective. Raises a ConfigError on all ranks when any of them cannot load from ``path``."""
+        """What is wrong with the file is kept in ``problem``, for all ranks to hear of."""
         self._group = group
-        self._tag = group.reserve_tags(1) if group.size > 1 else 0
-        problem = None
+        self.problem: str | None = None
+        self.fingerprint = ""
         try:
             found = entries(path)
             self._buffers = _persistent_buffers(model)
             self._entries = _matched(found, model, self._buffers)
+            self.fingerprint = _fingerprint(found)
         except ConfigError as error:
-            problem = str(error)
-        problems = group.exchange_json(problem, label="comparison of files of weights")
-        rank = next((rank for rank, other in enumerate(problems) if other), None)
-        if rank is not None:
-            raise ConfigError(problems[rank] if group.size == 1 else f"rank {rank}: {problems[rank]}")
-        self.fingerprint = _fingerprint(found)
+            self.problem = str(error)
 
     def fill(self, run: Tensor, start: int, layout: Layout, parameters: Sequence[nn.Parameter], where: str) -> None:
         shard_numel = layout.shard_numel(self._group.size)
@@ -94,7 +90,8 @@ class FromFile:
             if first < end:
                 self._entries[slot.name].read(own[first - begin : end - begin], first - slot.offset)
         if own is not run:
-            self._group.all_gather(run, own, tag=self._tag, label=f"gather of the weights of {where}").wait()
+            tag = self._group.reserve_tags(1)
+            self._group.all_gather(run, own, tag=tag, label=f"gather of the weights of {where}").wait()
 
     def load_buffers(self, model: nn.Module, device: torch.device) -> None:
         """Load the persistent buffers; those on meta come to be on ``device``."""

@@ -204,10 +204,13 @@ def test_paths(path):
 
 
 def only_rank_0_has_it(folder: str) -> str:
-    path = Path(folder) / f"model{torch.distributed.get_rank() or ''}.safetensors"
-    model = nn.Linear(2, 2)
+    rank, model = torch.distributed.get_rank(), nn.Linear(2, 2)
+    optimizer = ss.optim.AdamW(model.parameters())
+    with pytest.raises(ss.RankMismatchError, match=r"file of weights of rank 1 \(None\) differs from rank 0's \("):
+        ss.shard(model, optimizer, weights=None if rank else Path(folder) / "model.safetensors")
+    path = Path(folder) / f"model{rank or ''}.safetensors"
     with pytest.raises(ss.ConfigError) as refused:
-        ss.shard(model, ss.optim.AdamW(model.parameters()), weights=path)
+        ss.shard(model, optimizer, weights=path)
     return str(refused.value)
 
 
