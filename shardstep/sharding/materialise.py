@@ -22,11 +22,10 @@ _UNFILLED = 0xA5
 """The byte that new memory is filled with."""
 
 
-def real_device(model: nn.Module) -> torch.device:
-    """Where a model on meta is going to be: with its other tensors, or where torch makes tensors by default."""
-    real = [tensor.device for tensor in (*model.parameters(), *model.buffers()) if not tensor.is_meta]
+def real_device() -> torch.device:
+    """Where a model on meta is going to be: where torch makes tensors by default."""
     default = torch.get_default_device()
-    return real[0] if real else torch.device("cpu") if default.type == "meta" else default
+    return torch.device("cpu") if default.type == "meta" else default
 
 
 def check(model: nn.Module, has_file: bool) -> None:

@@ -185,12 +185,12 @@ def _one_device(model: nn.Module) -> torch.device:
     """Where all parameters are, or are going to be when they come from the meta device."""
     first: dict[torch.device, str] = {}
     for name, parameter in model.named_parameters():
-        if not parameter.is_meta:
-            first.setdefault(parameter.device, name)
+        first.setdefault(parameter.device, name)
     if len(first) > 1:
         places = ", ".join(f"{name!r} on {device}" for device, name in first.items())
         raise ConfigError(f"expected all parameters on one device, got {places}; move the model with model.to(device)")
-    return next(iter(first), real_device(model))
+    device = next(iter(first))
+    return real_device() if device.type == "meta" else device
 
 
 def _check_ownership(model: nn.Module, optimizer: Optimizer | Combined) -> None:
