@@ -27,7 +27,7 @@ from shardstep.errors import (
 )
 from shardstep.optim.define import rule
 from shardstep.rules import inline, state, zeros
-from shardstep.sharding import LossScaler, MicroBatch, Sharded, digest, gathered, shard
+from shardstep.sharding import LossScaler, MicroBatch, Sharded, digest, gathered, partitioned, shard
 
 __all__ = [
     "ArgumentTypeError",
@@ -52,6 +52,7 @@ __all__ = [
     "gathered",
     "inline",
     "optim",
+    "partitioned",
     "rule",
     "shard",
     "state",

@@ -105,6 +105,8 @@ class Group:
 
     def __init__(self, process_group: ProcessGroup | None = None) -> None:
         self.rank, self.size, self.traffic = 0, 1, Traffic()
+        self.members: list[int] = [0]
+        """The ranks in the whole world, in order."""
         if process_group is None and not (dist.is_available() and dist.is_initialized()):
             return
         self._data = process_group or _world()
@@ -112,7 +114,7 @@ class Group:
         if self.rank < 0:
             raise ConfigError("expected this process to be a member of the group given to shard(), but it is not")
         if self.size > 1:
-            self._ranks = dist.get_process_group_ranks(self._data)
+            self.members = self._ranks = dist.get_process_group_ranks(self._data)
             self._batched = dist.get_backend(self._data) != "gloo"
             self._control = _control_of(self._data, self._ranks)
             self._lent: weakref.WeakSet[Pending] = weakref.WeakSet()

@@ -11,14 +11,17 @@
     states     optimizer state, out and in again           handle     what shard() returns
     scaler     the scale of the loss                       nested     tensors in what modules take and return
     access     full tensors by name                        casts      where precisions meet
+    construction, cut  models cut while they are built     materialise  models on the meta device
+    first_values  from where a space is filled             weights    the door to files of weights
 
 This room never mentions a particular optimizer.
 """
 
 from shardstep.sharding.batches import MicroBatch
+from shardstep.sharding.construction import partitioned
 from shardstep.sharding.handle import Sharded
 from shardstep.sharding.scaler import LossScaler
 from shardstep.sharding.shard import shard
 from shardstep.sharding.whole import digest, gathered
 
-__all__ = ["LossScaler", "MicroBatch", "Sharded", "digest", "gathered", "shard"]
+__all__ = ["LossScaler", "MicroBatch", "Sharded", "digest", "gathered", "partitioned", "shard"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from shardstep.errors import ConfigError, FreedParameterError
 
-_WITHOUT_VALUES = frozenset(
+WITHOUT_VALUES = frozenset(
     """
     shape size dim ndim numel nelement stride dtype device layout element_size itemsize nbytes __len__ __hash__ __dir__
     requires_grad requires_grad_ is_leaf grad grad_fn retains_grad _version output_nr name _base _cdata type get_device
@@ -57,8 +57,8 @@ class FreedParameter(nn.Parameter):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        name = _called_name(func)
-        if name in _WITHOUT_VALUES:
+        name = called_name(func)
+        if name in WITHOUT_VALUES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         freed = next(arg for arg in _flatten(args, kwargs) if isinstance(arg, FreedParameter))
@@ -95,7 +95,7 @@ NOT_COPIED = (
 )
 
 
-def _called_name(func: Callable[..., Any]) -> str:
+def called_name(func: Callable[..., Any]) -> str:
     """The function's name, or the attribute's when ``func`` gets or sets one."""
     name: str = getattr(func, "__name__", "?")
     if name in ("__get__", "__set__"):

@@ -6,6 +6,7 @@ the optimizer stay the objects that they were.
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -22,12 +23,16 @@ from shardstep.sharding.attached import Attached
 from shardstep.sharding.buffers import Buffers
 from shardstep.sharding.casts import Precisions
 from shardstep.sharding.clip import Clipping, clip_coefficient
+from shardstep.sharding.cut import check_cut
+from shardstep.sharding.first_values import FromModel, Source
 from shardstep.sharding.formula import Formula, SpaceSize
 from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.handle import Sharded
 from shardstep.sharding.hooks import Hooks
 from shardstep.sharding.loans import Loan
-from shardstep.sharding.memory import Ledger
+from shardstep.sharding.materialise import check as check_meta
+from shardstep.sharding.materialise import materialise, materialise_buffers, real_device
+from shardstep.sharding.memory import Ledger, laying_out
 from shardstep.sharding.modules import check_built, named_modules, seeds
 from shardstep.sharding.nonfinite import NonFiniteTrace
 from shardstep.sharding.scaler import FLAGS, LossScaler, Scaling, scaler_of
@@ -37,6 +42,7 @@ from shardstep.sharding.step import Step
 from shardstep.sharding.unfreezing import Unfreezing
 from shardstep.sharding.unit import Unit
 from shardstep.sharding.units import UnitPlan, plan_units
+from shardstep.sharding.weights import FromFile
 from shardstep.sharding.whole import ATTRIBUTE, Whole
 
 
@@ -53,6 +59,7 @@ def shard(
     schedule: str | None = None,
     prefetch: int = 1,
     trace_nonfinite: bool = False,
+    weights: str | Path | None = None,
     group: ProcessGroup | None = None,
 ) -> Sharded:
     """Shard ``model`` and ``optimizer`` in place over the ranks of ``group`` (all of them by default).
@@ -70,6 +77,8 @@ def shard(
     ``schedule``: 'per leaf' (default) or 'per step' (stages 0 and 1). ``prefetch``: units gathered ahead.
     ``trace_nonfinite``: a step that makes an infinity or NaN raises NonFiniteUpdateError, which names the parameter,
     the element, the rank and the line of the rule; for debugging, since it copies what is updated.
+    ``weights``: a .safetensors file, an index of several, or a folder with either, to begin with instead of what the
+    model holds; each rank reads only what it keeps.
 
     All ranks call it with models of equal structure; they go on from rank 0's values. Raises ConfigError,
     OwnershipError or RankMismatchError before anything is changed.
@@ -77,11 +86,14 @@ def shard(
     _check_arguments(model, optimizer, clip_norm, clip_value, prefetch)
     scaler = scaler_of(loss_scale)
     device = _one_device(model)
+    check_meta(model, weights is not None)
     _check_ownership(model, optimizer)
     precisions = Precisions(model, precision)
     plans = plan_units(model, units, stage, precisions.of, optimizer.rule_of)
     schedule_ = checked_schedule(schedule, {plan.name: plan.stage for plan in plans})
     ranks = Group(group)
+    cut = check_cut(model, ranks)
+    file = None if weights is None else FromFile(weights, model, ranks)
     buffers = Buffers(model, ranks)
     options = {
         "schedule": schedule_,
@@ -91,11 +103,17 @@ def shard(
         "loss_scale": repr(scaler),
         "trace_nonfinite": trace_nonfinite,
     }
-    _check_equal_on_all_ranks({**_described(plans, buffers), **options}, ranks)
+    _check_equal_on_all_ranks({**_described(plans, buffers, file, cut), **options}, ranks)
 
     ledger = Ledger(device)
-    buffers.follow_rank_0()
-    built = _build(plans, ranks, ledger)
+    with laying_out():
+        if file is None:
+            materialise(model, device, ranks)
+        else:
+            file.load_buffers(model, device)
+            materialise_buffers(model, device)
+        buffers.follow_rank_0()
+        built = _build(plans, ranks, ledger, file or FromModel(ranks))
     trained = [space for unit in built for space in unit.spaces if space.trained]
     make_states(trained, optimizer.states_of, optimizer.rule_of, ranks.size)
     flags = sum(len(space.parameters) for space in trained) + len(buffers.owners)
@@ -134,14 +152,13 @@ def _size(space: Space, optimizer: Optimizer | Combined, order: Mapping[str, int
     return SpaceSize(space.layout, space.precision, space.trained, space.stage, states, rule, travelling, places)
 
 
-def _build(plans: list[UnitPlan], group: Group, ledger: Ledger) -> list[Unit]:
+def _build(plans: list[UnitPlan], group: Group, ledger: Ledger, source: Source) -> list[Unit]:
     units, tag = [], group.tags_of_model(sum(len(plan.spaces) for plan in plans))
     for plan in plans:
         spaces = []
         for space in plan.spaces:
-            spaces.append(
-                Space(plan.name, tag, space.layout, space.parameters, plan.stage, space.precision, group, ledger)
-            )
+            laid_out, stored = (space.layout, space.parameters), (plan.stage, space.precision)
+            spaces.append(Space(plan.name, tag, *laid_out, *stored, group, ledger, source))
             tag += 1
         units.append(Unit(plan.name, plan.module, plan.stage, spaces))
     return units
@@ -191,13 +208,15 @@ def _check_arguments(
 
 
 def _one_device(model: nn.Module) -> torch.device:
+    """Where all parameters are, or are going to be when they come from the meta device."""
     first: dict[torch.device, str] = {}
     for name, parameter in model.named_parameters():
         first.setdefault(parameter.device, name)
     if len(first) > 1:
         places = ", ".join(f"{name!r} on {device}" for device, name in first.items())
         raise ConfigError(f"expected all parameters on one device, got {places}; move the model with model.to(device)")
-    return next(iter(first))
+    device = next(iter(first))
+    return real_device() if device.type == "meta" else device
 
 
 def _check_ownership(model: nn.Module, optimizer: Optimizer | Combined) -> None:
@@ -223,18 +242,30 @@ def _check_ownership(model: nn.Module, optimizer: Optimizer | Combined) -> None:
             raise OwnershipError(f"expected the optimizer to own {name!r} once, but it is there {count} times")
 
 
-def _described(plans: list[UnitPlan], buffers: Buffers) -> dict[str, str | float | None]:
+_PROBLEM = "problem with the file of weights"
+
+
+def _described(
+    plans: list[UnitPlan], buffers: Buffers, file: FromFile | None, cut: int
+) -> dict[str, str | float | None]:
     """What of the model must be the same everywhere, by the name that a message gives it."""
     return {
         "layout": fingerprint((plan.name, space.layout) for plan in plans for space in plan.spaces),
         "stages": ", ".join(f"{plan.name!r}: {plan.stage.number}" for plan in plans),
         "buffers": ", ".join(buffers.owners),
+        "number of parameters cut while it was built": cut,
+        "file of weights": None if file is None else file.fingerprint,
+        _PROBLEM: None if file is None else file.problem,
         "precision": ", ".join(sorted({str(space.precision) for plan in plans for space in plan.spaces})),
     }
 
 
 def _check_equal_on_all_ranks(own: dict[str, str | float | None], group: Group) -> None:
     everyone = group.exchange_json(own, label="comparison of models and options in shard()")
+    problems = [(rank, other[_PROBLEM]) for rank, other in enumerate(everyone) if other[_PROBLEM]]
+    if problems:
+        rank, problem = problems[0]
+        raise ConfigError(problem if group.size == 1 else f"rank {rank}: {problem}")
     for rank, other in enumerate(everyone):
         for name, value in other.items():
             if value != everyone[0][name]:

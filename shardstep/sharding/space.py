@@ -30,6 +30,7 @@ from shardstep.layout import Layout, Slot
 from shardstep.optim.states import begin
 from shardstep.rules.binding import scales_among, stored_arrays
 from shardstep.rules.ir import State
+from shardstep.sharding.first_values import Source, put
 from shardstep.sharding.freed import FreedParameter
 from shardstep.sharding.loans import Loan
 from shardstep.sharding.memory import Ledger
@@ -41,7 +42,7 @@ from shardstep.types import SCALED_NUMEL
 
 
 class Space:
-    """See the note above. ``tag`` numbers the space among all of a model's."""
+    """See the note above. ``tag`` numbers the space among all of a model's; ``source`` has its first values."""
 
     def __init__(
         self,
@@ -53,6 +54,7 @@ class Space:
         precision: Precision,
         group: Group,
         ledger: Ledger,
+        source: Source,
     ) -> None:
         self.unit_name, self.tag, self.layout, self.parameters = unit_name, tag, layout, parameters
         self.stage, self.precision = stage, precision
@@ -73,7 +75,6 @@ class Space:
         self.exchanged = False
         """Whether the parameters have changed places with an average."""
         self._group, self._ledger = group, ledger
-        self._classes = [type(parameter) for parameter in parameters]
         self._freed_class = FreedParameter.of(self)
         self.late: Callable[[], bool] = _never
         """What gathers the parameters when a forward uses them while they are freed."""
@@ -90,31 +91,33 @@ class Space:
         """For each parameter, its ``.grad`` from backward to zero_grad(); empty while nothing is trained."""
         self._standing: set[int] = set()
         """The parameters that have been given theirs."""
-        self._place(stage, precision)
+        self._place(source)
         self.places: list[Place] = []
         """Where each parameter is put together, if its rule has matrix products."""
         self.by_tensor = self._tensor_states([()] * len(parameters))
 
-    def _place(self, stage: Stage, precision: Precision) -> None:
-        """Move the parameters into the flat space, as rank 0 has them, and keep what this rank owns."""
-        group, take = self._group, self._ledger.take
-        whole = torch.zeros(self.padded_numel, dtype=precision.master, device=self._ledger.device)
-        for slot, parameter in zip(self.layout.slots, self.parameters, strict=True):
-            whole[slot.offset : slot.end].view(slot.shape).copy_(parameter.detach())
-        group.broadcast(whole, label=f"broadcast of the first values of {self.where}")
-        self.flat = take("parameters", self.padded_numel, precision.params).copy_(whole)
-        own = slice(group.rank * self.shard_numel, (group.rank + 1) * self.shard_numel)
-        self.owned = own if stage.shard_state else slice(0, self.padded_numel)
-        self.shard = self.flat[own]
-        if stage.shard_params:
-            self.shard = take("parameters", self.shard_numel, precision.params).copy_(self.shard)
-        self.values = self.shard if stage.shard_state else self.flat
+    def _place(self, source: Source) -> None:
+        """Keep what this rank owns of the first values, and let the parameters be views of the flat space."""
+        rank, take, precision = self._group.rank, self._ledger.take, self.precision
+        own = slice(rank * self.shard_numel, (rank + 1) * self.shard_numel)
+        whole = slice(0, self.padded_numel)
+        self.owned = own if self.stage.shard_state else whole
+        kept = own if self.stage.shard_params else whole
+        stored = take("parameters", kept.stop - kept.start, precision.params)
+        first = stored if precision.master == precision.params else torch.empty_like(stored, dtype=precision.master)
+        source.fill(first.zero_(), kept.start, self.layout, self.parameters, self.where)
+        if first is not stored:
+            stored.copy_(first)
+        self.flat = take("parameters", self.padded_numel, precision.params) if self.stage.shard_params else stored
+        self.shard = stored if self.stage.shard_params else self.flat[own]
+        self.values = self.shard if self.stage.shard_state else self.flat
         self.master = self.values
         if self.trained:
-            self._begin_training(whole[self.owned])
+            self._begin_training(first[self.owned.start - kept.start :][: self.values.numel()])
         for slot, parameter in zip(self.layout.slots, self.parameters, strict=True):
-            parameter.data = self.flat[slot.offset : slot.end].view(slot.shape)
+            put(parameter, self.flat[slot.offset : slot.end].view(slot.shape))
             parameter.grad = None
+        self._classes = [type(parameter) for parameter in self.parameters]
         self.free()
 
     def train(self) -> None:
