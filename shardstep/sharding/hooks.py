@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
+from shardstep.collectives import Whereabouts
 from shardstep.errors import CollectiveError
 from shardstep.sharding.agreement import Act, Agreement
 from shardstep.sharding.attached import Attached
@@ -33,9 +34,10 @@ class Hooks:
         attached: Attached,
         prefetch: int,
         input_dtype: torch.dtype | None,
+        whereabouts: Whereabouts,
     ) -> None:
         self._units, self._gradients, self._agreement, self._attached = units, gradients, agreement, attached
-        self._prefetch, self._input_dtype = prefetch, input_dtype
+        self._prefetch, self._input_dtype, self._whereabouts = prefetch, input_dtype, whereabouts
         self._depth = 0
         self._lost = False
         self._ready = [0] * len(units)
@@ -65,6 +67,7 @@ class Hooks:
 
     def _before_forward(self, order: int, args: Any, kwargs: Any) -> Any:
         self._depth += 1
+        self._whereabouts.enter_forward(self._units[order].where, self._gradients.step)
         if self._depth == 1 and not self._gradients.in_backward:
             self._begin_forward()
         self._gather(order, self._units[order + 1 : order + 1 + self._prefetch], "forward")
@@ -79,6 +82,7 @@ class Hooks:
 
     def _after_forward(self, order: int, output: Any) -> None:
         self._depth -= 1
+        self._whereabouts.leave_forward()
         if self._lost:
             return
         unit = self._units[order]
@@ -107,6 +111,7 @@ class Hooks:
 
     def _before_backward(self, order: int) -> None:
         self._enter_backward()
+        self._whereabouts.at("backward", self._units[order].where, self._gradients.step)
         position = order or len(self._units)
         ahead = self._units[max(position - self._prefetch, 1) : position]
         self._gather(order, ahead[::-1], "backward")
@@ -130,6 +135,7 @@ class Hooks:
 
     def _after_backward(self) -> None:
         self._gradients.end_backward()
+        self._whereabouts.at("after a backward", "", self._gradients.step)
         for unit in self._units:
             unit.free()
 

@@ -4,7 +4,7 @@ Checks what it is given, cuts the model into units, and puts the parts of the en
 the optimizer stay the objects that they were.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -48,6 +48,7 @@ def shard(
     schedule: str | None = None,
     prefetch: int = 1,
     trace_nonfinite: bool = False,
+    debug: str | None = None,
     group: ProcessGroup | None = None,
 ) -> Sharded:
     """Shard ``model`` and ``optimizer`` in place over the ranks of ``group`` (all of them by default).
@@ -60,19 +61,21 @@ def shard(
     ``schedule``: 'per leaf' (default) or 'per step' (stages 0 and 1). ``prefetch``: units gathered ahead.
     ``trace_nonfinite``: a step that makes an infinity or NaN raises NonFiniteUpdateError, which names the parameter,
     the element, the rank and the line of the rule; for debugging, since it copies what is updated.
+    ``debug="collectives"``: ranks compare every collective before they run it, so that one which differs is named at
+    the very call; slow.
 
     All ranks call it with models of equal structure; they go on from rank 0's values. Raises ConfigError,
     OwnershipError or RankMismatchError before anything is changed.
     """
-    _check_arguments(model, optimizer, precision, clip_norm, prefetch)
+    _check_arguments(model, optimizer, precision, clip_norm, prefetch, debug)
     device = _one_device(model)
     _check_ownership(model, optimizer)
     plans = plan_units(model, units, stage, precision, optimizer.rule_of)
     schedule_ = checked_schedule(schedule, {plan.name: plan.stage for plan in plans})
-    ranks = Group(group)
+    ranks = Group(group, checked=debug == "collectives")
     buffers = Buffers(model, ranks)
     _check_equal_on_all_ranks(
-        _described(plans, buffers, schedule_, clip_norm, optimizer.clip is not None, trace_nonfinite), ranks
+        _described(plans, buffers, schedule_, clip_norm, optimizer.clip is not None, trace_nonfinite, debug), ranks
     )
 
     ledger = Ledger(device)
@@ -86,7 +89,7 @@ def shard(
     trace = NonFiniteTrace(optimizer, ranks) if trace_nonfinite else None
     clip = optimizer.clip if clip_norm is None else partial(clip_coefficient, clip_norm=clip_norm)
     input_dtype = precision.params if precision else None
-    hooks = Hooks(built, gradients, agreement, Attached(model, built), prefetch, input_dtype)
+    hooks = Hooks(built, gradients, agreement, Attached(model, built), prefetch, input_dtype, ranks.whereabouts)
     unfreezing = Unfreezing(built, gradients, agreement, hooks, ranks)
     step = Step(optimizer, trained, gradients, agreement, buffers, clip, trace, unfreezing, ranks, ledger)
     whole = Whole(model, built, gradients, agreement, ranks)
@@ -114,6 +117,7 @@ def _size(space: Space, optimizer: Optimizer | Combined, order: Mapping[str, int
 
 def _build(plans: list[UnitPlan], group: Group, ledger: Ledger) -> list[Unit]:
     units, tag = [], 0
+    group.reserve_tags(_first_of_loans(plans) + sum(len(plan.spaces) for plan in plans))
     for plan in plans:
         spaces = []
         for space in plan.spaces:
@@ -125,10 +129,15 @@ def _build(plans: list[UnitPlan], group: Group, ledger: Ledger) -> list[Unit]:
     return units
 
 
+def _first_of_loans(units: Sequence[Unit | UnitPlan]) -> int:
+    """The tags before are two for each space, and two for values that go to the owners of whole tensors."""
+    return 2 * sum(len(unit.spaces) for unit in units) + 2
+
+
 def _lend(units: list[Unit], group: Group) -> list[Loan]:
     """The loans of every space whose parameters are sharded, where the ranks' connection allows it."""
     spaces = [space for unit in units for space in unit.spaces if space.stage.shard_params] if group.lends else []
-    first = group.reserve_tags(len(spaces)) if spaces else 0
+    first = _first_of_loans(units)
     return [space.lend(first + number) for number, space in enumerate(spaces)]
 
 
@@ -138,6 +147,7 @@ def _check_arguments(
     precision: Precision | None,
     clip_norm: float | None,
     prefetch: int,
+    debug: str | None,
 ) -> None:
     if not isinstance(optimizer, Optimizer | Combined):
         raise ConfigError(refusal(optimizer))
@@ -162,6 +172,8 @@ def _check_arguments(
         )
     if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
         raise ConfigError(f"expected prefetch to be 0 or a positive number of units, got {prefetch!r}")
+    if debug not in (None, "collectives"):
+        raise ConfigError(f"expected debug to be 'collectives' or None, got {debug!r}")
 
 
 def _one_device(model: nn.Module) -> torch.device:
@@ -204,6 +216,7 @@ def _described(
     clip_norm: float | None,
     clips: bool,
     trace_nonfinite: bool,
+    debug: str | None,
 ) -> dict[str, str | float | None]:
     """What must be the same everywhere, by the name that a message gives it."""
     return {
@@ -215,6 +228,7 @@ def _described(
         "clip_norm": clip_norm,
         "clipping by the optimizer": clips,
         "trace_nonfinite": trace_nonfinite,
+        "debug": debug,
     }
 
 

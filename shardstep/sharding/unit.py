@@ -12,6 +12,11 @@ class Unit:
     def __init__(self, name: str, module: nn.Module, stage: Stage, spaces: list[Space]) -> None:
         self.name, self.module, self.stage, self.spaces = name, module, stage, spaces
 
+    @property
+    def where(self) -> str:
+        """How messages name it."""
+        return f"unit {self.name!r}" if self.name else "the root unit"
+
     def start_gather(self, phase: str, *, ahead: bool = False) -> None:
         for space in self.spaces:
             space.start_gather(phase, ahead=ahead)
