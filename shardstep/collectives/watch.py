@@ -188,7 +188,9 @@ class Watch:
         while True:
             try:
                 self.wire.listen(received)
-            except RuntimeError:
+            except RuntimeError as error:
+                if "timeout" in str(error):  # a wait of this rank's main thread, which has broken this one as well
+                    return
                 break
             message = unpacked(received)
             if message["kind"] == "beat":
@@ -260,9 +262,9 @@ class Watch:
         gone = self._gone(waited, now)
         if gone is not None:
             self._fail({"kind": "failed", "rank": self.wire.rank, "text": gone, "mismatch": False})
-        elif waited > self._timeout_s / 2 and late_told is not wait:
-            text = self._accusation(wait, waited, now)
-            if text is not None:
+        elif waited > self._timeout_s / 2 and (text := self._accusation(wait, waited, now)) is not None:
+            self._late = text
+            if late_told is not wait:
                 self._told = (self._told[0], wait)
                 self._outbox.put({"kind": "late", "rank": self.wire.rank, "text": text})
                 self._warn(text)
@@ -284,7 +286,9 @@ class Watch:
             return None
         if beat["waits"] is None:
             return f"{missing}: it is in {beat['place']} since {beat['since_s'] + now - heard:.0f} s"
-        if self._late is None and waited > 0.75 * self._timeout_s:  # nobody is stuck: they wait for one another
+        if (
+            self._late is None or self._told[1] is wait
+        ) and waited > 0.75 * self._timeout_s:  # nobody is stuck: they wait for one another
             return f"{missing}: it waits in the {beat['waits']}"
         return None
 

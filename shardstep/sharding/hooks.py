@@ -111,7 +111,8 @@ class Hooks:
 
     def _before_backward(self, order: int) -> None:
         self._enter_backward()
-        self._whereabouts.at("backward", self._units[order].where, self._gradients.step)
+        if order:  # the root's begins with that of the last unit
+            self._whereabouts.at("backward", self._units[order].where, self._gradients.step)
         position = order or len(self._units)
         ahead = self._units[max(position - self._prefetch, 1) : position]
         self._gather(order, ahead[::-1], "backward")
