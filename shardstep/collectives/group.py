@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardstep.collectives.ends import close_watches, start_watch
+from shardstep.collectives.heard import Wait
 from shardstep.collectives.pending import Announcement, Pending, Traffic, framed
 from shardstep.collectives.records import Records
-from shardstep.collectives.watch import EXPLAIN_S, Wait, Watch, close_watches, start_watch
+from shardstep.collectives.watch import EXPLAIN_S, Watch
 from shardstep.collectives.whereabouts import Whereabouts
 from shardstep.collectives.wire import ProcessGroup, Wire, leave_process_group, place_in, world
 from shardstep.errors import CollectiveError, ConfigError, RankMismatchError
@@ -214,7 +216,7 @@ class Group:
 
     def failure(self, label: str, error: Exception) -> CollectiveError:
         """The error to raise when the collective ``label`` failed with ``error``."""
-        return self._watch.failure(label, str(error).splitlines()[0] if str(error) else type(error).__name__)
+        return self._watch.failure(label, (str(error) or type(error).__name__).splitlines()[0].split(". ")[0])
 
     def mismatch(self) -> RankMismatchError:
         """The error to raise when fingerprints differ: all ranks tell their latest collectives, and compare."""

@@ -9,33 +9,26 @@ What ends all ranks: an exception that ends a rank, a death, different collectiv
 another). When the cause is known, every rank gives up all connections, so the main thread's wait fails, and raises the
 cause. What is only told, at half the timeout: a rank that does not arrive; the job may yet go on, and the timeout
 is the user's. An exception that was seen to leave a forward, but may have been caught, counts when the others have
-waited `RAISED_S` and the rank has given no other sign of life.
+waited three seconds and the rank has given no other sign of life.
 
 This room sends nothing but news, and never decides what training does.
 """
 
-import atexit
 import logging
-import multiprocessing.util
 import os
 import queue
-import sys
 import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from types import TracebackType
 
+from shardstep.collectives.heard import STALL_S, Heard, Wait
 from shardstep.collectives.news import Message, blank, packed, shortened, unpacked
 from shardstep.collectives.records import Records
 from shardstep.collectives.whereabouts import Whereabouts
 from shardstep.collectives.wire import Wire
 from shardstep.errors import CollectiveError, RankMismatchError
 
-STALL_S = 1.0
-"""A wait as long as that has the ranks compare what they have done so far."""
-RAISED_S = 3.0
-"""How long others wait for a rank whose forward has raised."""
 EXPLAIN_S = 2.0
 """How long a rank whose wait has failed waits for the cause."""
 _JOIN_S = 2.0
@@ -48,16 +41,6 @@ class Cause:
 
     text: str
     mismatch: bool
-
-
-@dataclass(frozen=True)
-class Wait:
-    """What the main thread waits in."""
-
-    label: str
-    model: int
-    records: Records
-    since: float
 
 
 class Watch:
@@ -73,13 +56,10 @@ class Watch:
         self._timeout_s = wire.timeout.total_seconds()
         self._tick_s = min(1.0, self._timeout_s / 8)
         self._news = threading.Condition()
-        self._ended: dict[int, str] = {}
-        self._raised: dict[int, tuple[str, float]] = {}
+        self._heard = Heard(wire.rank, wire.size, self._timeout_s, self._tick_s)
         self._own_raise: str | None = None
-        self._late: str | None = None
         self._told: tuple[Wait | None, Wait | None] = (None, None)
         """The waits in which this rank has told its records, and named a rank that does not arrive."""
-        self._left: tuple[Message | None, float] = (None, time.monotonic())
         self._failed_at = 0.0
         self._outbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._sending = self._closing = False
@@ -107,18 +87,18 @@ class Watch:
     def explain(self, seconds: float = EXPLAIN_S) -> Cause | None:
         """The cause, if one is told within a time."""
         with self._news:
-            self._news.wait_for(lambda: self.cause is not None or bool(self._ended), seconds)
+            self._news.wait_for(lambda: self.cause is not None or bool(self._heard.ended), seconds)
         return self.cause
 
     def failure(self, label: str, reason: str) -> CollectiveError:
         """The error to raise when the main thread's wait in ``label`` has failed; tells the others."""
-        known = self._late if self._late and self.cause is None else None
-        cause = None if known else self.explain()
+        known = self._heard.late if self.cause is None else None
+        cause = self.explain() if known is None else None
         here = f"rank {self.wire.rank} of {self.wire.size} was in the {label}"
         if cause is not None:
             return (RankMismatchError if cause.mismatch else CollectiveError)(f"{cause.text}; {here}")
-        if known is None and self._ended:
-            known = "; ".join(self._ended.values())
+        if known is None and self._heard.ended:
+            known = "; ".join(self._heard.ended.values())
         if known is None:
             known = "a peer rank died, raised, or did not arrive in time; look for the first error of the other ranks"
         self._fail({"kind": "failed", "rank": self.wire.rank, "text": f"{known}; {here}", "mismatch": False})
@@ -150,14 +130,14 @@ class Watch:
     def _tell_raised(self, error: BaseException) -> None:
         """An exception leaves a forward; the innermost unit is told first."""
         if self._own_raise is None and not isinstance(error, CollectiveError):
-            self._own_raise = self._blamed(error)
+            self._own_raise, (place, _) = self._blamed(error), self.whereabouts.told()
             self.whereabouts.moved = self._tell_moved
-            self._outbox.put({"kind": "raised", "rank": self.wire.rank, "text": self._own_raise})
+            self._heard.forgive(place)
+            self._outbox.put({"kind": "raised", "rank": self.wire.rank, "text": self._own_raise, "place": place})
 
     def _tell_moved(self) -> None:
-        """It was caught. What others have raised at the same time is forgiven as well."""
+        """It was caught."""
         self._own_raise, self.whereabouts.moved = None, None
-        self._raised.clear()
         self._outbox.put({"kind": "moved", "rank": self.wire.rank})
 
     # - the threads
@@ -184,26 +164,24 @@ class Watch:
             self.wire.cut()
 
     def _listen(self) -> None:
-        received, left = blank(), (self.wire.rank - 1) % self.wire.size
+        received, left = blank(), self._heard.left
         while True:
             try:
                 self.wire.listen(received)
-            except RuntimeError as error:
-                if "timeout" in str(error):  # a wait of this rank's main thread, which has broken this one as well
-                    return
+            except RuntimeError:
                 break
             message = unpacked(received)
             if message["kind"] == "beat":
-                self._left = (message, time.monotonic())
+                self._heard.beat(message)
             elif message["rank"] != self.wire.rank:
                 self._hear(message)
-        if not self._closing and left not in self._ended:
-            text = f"rank {left} died: it was killed, or it crashed{self._last_of_left()}"
+        if not self._closing and left not in self._heard.ended:
+            text = f"rank {left} died: it was killed, or it crashed{self._heard.last_of_left()}"
             self._fail({"kind": "failed", "rank": self.wire.rank, "text": text, "mismatch": False})
 
     def _hear(self, message: Message) -> None:
         """Take in what another rank says, and pass it on."""
-        kind, rank = message["kind"], message["rank"]
+        kind = message["kind"]
         if kind == "failed":
             self._fail(message)
             return
@@ -213,12 +191,7 @@ class Watch:
         elif kind == "late":
             self._warn(message["text"])
         with self._news:
-            if kind == "ended":
-                self._ended[rank] = message["text"]
-            elif kind == "raised":
-                self._raised[rank] = (message["text"], time.monotonic())
-            elif kind == "moved":
-                self._raised.pop(rank, None)
+            self._heard.note(message)
             self._news.notify_all()
 
     def _compare(self, message: Message) -> None:
@@ -259,83 +232,19 @@ class Watch:
         if waited > STALL_S and records_told is not wait:
             self._told = (wait, late_told)
             self.tell_records(wait.model, wait.records)
-        gone = self._gone(waited, now)
-        if gone is not None:
-            self._fail({"kind": "failed", "rank": self.wire.rank, "text": gone, "mismatch": False})
-        elif waited > self._timeout_s / 2 and (text := self._accusation(wait, waited, now)) is not None:
-            self._late = text
+        if waited > self._timeout_s / 2 and (text := self._heard.accusation(wait, waited, now)) is not None:
+            self._heard.late = text
             if late_told is not wait:
                 self._told = (self._told[0], wait)
                 self._outbox.put({"kind": "late", "rank": self.wire.rank, "text": text})
                 self._warn(text)
-
-    def _gone(self, waited: float, now: float) -> str | None:
-        """Which rank will not come any more, as far as one can tell after such a wait."""
-        if self._ended and waited > RAISED_S:
-            return next(iter(self._ended.values()))
-        raised = [text for text, at in list(self._raised.values()) if now - at > RAISED_S]
-        return raised[0] if raised and waited > STALL_S and self._own_raise is None else None
-
-    def _accusation(self, wait: Wait, waited: float, now: float) -> str | None:
-        """What is wrong with the rank before this one, if it is that one which does not arrive."""
-        left, (beat, heard) = (self.wire.rank - 1) % self.wire.size, self._left
-        missing = f"rank {left} has not arrived in the {wait.label} for {waited:.0f} s"
-        if now - heard > max(3.0, 3 * self._tick_s):
-            return f"{missing}, and does not answer{self._last_of_left()}"
-        if beat is None or beat["waits"] == wait.label:
-            return None
-        if beat["waits"] is None:
-            return f"{missing}: it is in {beat['place']} since {beat['since_s'] + now - heard:.0f} s"
-        if (
-            self._late is None or self._told[1] is wait
-        ) and waited > 0.75 * self._timeout_s:  # nobody is stuck: they wait for one another
-            return f"{missing}: it waits in the {beat['waits']}"
-        return None
-
-    def _last_of_left(self) -> str:
-        beat, _ = self._left
-        return "" if beat is None else f"; the last that was heard of it: {beat['place']}"
+        if (text := self._heard.hopeless(waited, now)) is not None:
+            self._fail({"kind": "failed", "rank": self.wire.rank, "text": text, "mismatch": False})
 
     def _warn(self, text: str) -> None:
-        self._late = text
+        self._heard.late = text
         _log.warning("%s; this ends with an error after %.0f s", text, self._timeout_s)
 
     def arrived(self) -> None:
         """The main thread's wait is over."""
-        self.waiting = self._late = None
-
-
-_WATCHES: list[Watch] = []
-
-
-def start_watch(wire: Wire) -> Watch:
-    """The side channel over a wire, until the process ends."""
-    if not _WATCHES:
-        _hook_ends()
-    _WATCHES.append(Watch(wire))
-    return _WATCHES[-1]
-
-
-def tell_failure(error: BaseException) -> None:
-    """Tell all ranks that this one ends because of ``error``; for launchers, who catch what ends a rank."""
-    for watch in _WATCHES:
-        watch.tell_failure(error)
-
-
-def close_watches() -> None:
-    """Say goodbye to all ranks."""
-    while _WATCHES:
-        _WATCHES.pop().close()
-
-
-def _hook_ends() -> None:
-    """Hear of the exception that ends this process, and of its end."""
-    before = sys.excepthook
-
-    def excepthook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        tell_failure(error)
-        before(kind, error, traceback)
-
-    sys.excepthook = excepthook
-    multiprocessing.util.Finalize(None, close_watches, exitpriority=100)  # processes of multiprocessing skip atexit
-    atexit.register(close_watches)
+        self.waiting = self._heard.late = None

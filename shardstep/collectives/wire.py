@@ -78,9 +78,9 @@ class Wire:
         self._ranks = dist.get_process_group_ranks(data)
         self._data = data
         # Three threads of gloo, which wake up a hundred times a second: one such group for all models.
-        self._control = dist.new_group(
-            self._ranks, backend="gloo", timeout=self.timeout, use_local_synchronization=True
-        )
+        # Its timeout is longer than the user's, so that whoever watches has the time to tell why a wait ends.
+        timeout = self.timeout + timedelta(seconds=10)
+        self._control = dist.new_group(self._ranks, backend="gloo", timeout=timeout, use_local_synchronization=True)
         self._next_tag = 0
 
     def reserve_tags(self, count: int) -> int:
@@ -167,7 +167,7 @@ def _marked(tag: int, tensor: Tensor) -> int:
 
 
 def _timeout(group: ProcessGroup) -> timedelta:
-    """The timeout that the user gave to ``group``, so that the control channel keeps the same one."""
+    """The timeout that the user gave to ``group``, which the control channel keeps as well."""
     for device in ("cpu", "cuda"):
         try:
             options = group._get_backend(torch.device(device)).options
