@@ -199,6 +199,7 @@ def _run_rank(rank: int, spec: _Spec, pipe: Connection, function: Callable[..., 
         collectives.disconnect()
         status = 0
     except BaseException as error:
+        collectives.tell_failure(error)
         report, status = json.dumps(_describe(error)), 1
     pipe.send_bytes(report.encode())
     _leave(status)

@@ -49,6 +49,11 @@ _SENTENCES = {
 }
 
 
+_PLACES = {act: f"where it {sentence}" for act, sentence in _SENTENCES.items()}
+_PLACES |= {Act.BACKWARD: "backward", Act.STEP: "optimizer.step()"}
+"""How the other ranks name the part of the training that begins with an act."""
+
+
 _BITS = 62
 """Flags carried by one announced integer."""
 
@@ -66,6 +71,8 @@ class Agreement:
         """Tell the other ranks; ``leaves`` counts this rank's finished backward passes of the step."""
         if self._group.size > 1:
             label = f"agreement to {act.name.lower().replace('_', ' ')} at step {step}"
+            if act is not Act.FORWARD:  # told by the hooks, unit by unit
+                self._group.whereabouts.at(_PLACES[act], "", step)
             taken = _packed([loan.report() for loan in self._loans])
             words = _packed([*flags, *[False] * (self.flags - len(flags))])
             self._sent.append(self._group.announce([act, step, leaves, *taken, *words], label=label))
@@ -77,10 +84,12 @@ class Agreement:
         """
         flags = None
         while self._sent:
-            rows = self._sent.pop(0).rows()
+            announcement = self._sent.pop(0)
+            rows = announcement.rows()
             if any(row[:3] != rows[0][:3] for row in rows):
                 self._sent.clear()
                 raise RankMismatchError(_mismatch(rows))
+            announcement.compare()
             told = 3 + len(_packed([False] * len(self._loans)))
             for rank, row in enumerate(rows):
                 self._renew(rank, row[3:told])

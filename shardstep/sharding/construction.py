@@ -31,7 +31,6 @@ class Construction:
 
     def __init__(self, group: Group) -> None:
         self._group = group
-        self._tag = group.reserve_tags(1) if group.size > 1 else 0
         self._whole: list[nn.Parameter] = []
         self._owners: list[weakref.ref[nn.Module]] = []
         """Every module that got a parameter of its own; weakly, since a constructor may throw modules away."""
@@ -71,7 +70,7 @@ class Construction:
     def cut(self, parameters: Iterable[nn.Parameter]) -> None:
         """Cut these and whatever else is whole, but for what has to wait."""
         chosen = {id(parameter): parameter for parameter in (*self._whole, *parameters)}
-        self._whole = cut(list(chosen.values()), self._group, self._tag)
+        self._whole = cut(list(chosen.values()), self._group)
 
     def finish(self) -> None:
         """Cut what no module has been registered with; ranks agree on which modules there still are."""

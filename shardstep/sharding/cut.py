@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from shardstep.collectives import Group
+from shardstep.collectives import BUILDING, Group
 from shardstep.errors import ConfigError, FreedParameterError, RankMismatchError
 from shardstep.sharding.freed import WITHOUT_VALUES, FreedParameter, called_name
 from shardstep.types import BLOCK_NUMEL
@@ -35,7 +35,6 @@ class Cut:
     nbytes: int
     whole_class: type[nn.Parameter]
     group: Group
-    tag: int
 
 
 class CutParameter(FreedParameter):
@@ -96,7 +95,7 @@ def can_be_cut(parameter: nn.Parameter) -> bool:
     )
 
 
-def cut(parameters: Sequence[nn.Parameter], group: Group, tag: int) -> list[nn.Parameter]:
+def cut(parameters: Sequence[nn.Parameter], group: Group) -> list[nn.Parameter]:
     """Cut those that can be; return what must wait because somebody on any rank has another tensor of its memory."""
     parameters = [parameter for parameter in parameters if can_be_cut(parameter)]
     if not parameters or group.size == 1:
@@ -104,7 +103,7 @@ def cut(parameters: Sequence[nn.Parameter], group: Group, tag: int) -> list[nn.P
     aliased = _agreed("cuts", parameters, [_aliased(parameter) for parameter in parameters], group)
     for parameter, waits in zip(parameters, aliased, strict=True):
         if not waits:
-            _cut(parameter, group, tag)
+            _cut(parameter, group)
     return [parameter for parameter, waits in zip(parameters, aliased, strict=True) if waits]
 
 
@@ -149,14 +148,14 @@ def forget(parameter: CutParameter) -> None:
     parameter.__class__ = whole_class  # type: ignore[assignment]
 
 
-def _cut(parameter: nn.Parameter, group: Group, tag: int) -> None:
+def _cut(parameter: nn.Parameter, group: Group) -> None:
     storage = parameter.untyped_storage()
     raw = bytes_of(storage)
     runs, nothing = _runs(raw, group.size), raw[:0]
     outgoing = runs if group.rank == 0 else [nothing] * group.size
     incoming = [nothing] * group.size if group.rank == 0 else [runs[group.rank]] + [nothing] * (group.size - 1)
-    group.deal(outgoing, incoming, tag=tag, label=f"cut of a parameter of shape {tuple(parameter.shape)}").wait()
-    kept = Cut(runs[group.rank].clone(), raw.numel(), type(parameter), group, tag)
+    group.deal(outgoing, incoming, tag=BUILDING, label=f"cut of a parameter of shape {tuple(parameter.shape)}").wait()
+    kept = Cut(runs[group.rank].clone(), raw.numel(), type(parameter), group)
     storage.resize_(0)
     parameter.__class__ = CutParameter
     parameter.shardstep_cut = kept  # type: ignore[attr-defined]
@@ -166,7 +165,7 @@ def _gather(cut: Cut, raw: Tensor) -> None:
     runs = _runs(raw, cut.group.size)
     runs[cut.group.rank].copy_(cut.run)
     label = "gather of a parameter while its model is built"
-    cut.group.deal([cut.run] * cut.group.size, runs, tag=cut.tag, label=label).wait()
+    cut.group.deal([cut.run] * cut.group.size, runs, tag=BUILDING, label=label).wait()
 
 
 def _runs(raw: Tensor, size: int) -> list[Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
+from shardstep.collectives import Whereabouts
 from shardstep.errors import CollectiveError
 from shardstep.sharding.agreement import Act, Agreement
 from shardstep.sharding.attached import Attached
@@ -40,9 +41,11 @@ class Hooks:
         prefetch: int,
         input_dtype: torch.dtype | None,
         scaling: Scaling | None,
+        whereabouts: Whereabouts,
     ) -> None:
         self._units, self._gradients, self._agreement, self._attached = units, gradients, agreement, attached
         self._prefetch, self._input_dtype, self._scaling = prefetch, input_dtype, scaling
+        self._whereabouts = whereabouts
         self._calls, self._live = Calls(len(units)), Live()
         self._task = -1
         """The number that autograd has given to this backward pass."""
@@ -85,6 +88,7 @@ class Hooks:
     def before_forward(self, order: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
         outermost, in_backward = not self._calls.running, self._is_in_backward()
         enters = self._calls.enter(order, module, repeats=in_backward).enters
+        self._whereabouts.enter_forward(self._units[order].where, self._gradients.step)
         if outermost and not in_backward:
             self._begin_forward()
         ahead = range(0)
@@ -121,6 +125,8 @@ class Hooks:
     def after_forward(self, module: nn.Module, output: Any) -> Any:
         """What the module returns instead; None for what it has returned."""
         call = self._calls.leave(module)
+        if call is not None:
+            self._whereabouts.leave_forward()
         if call is None or self._lost:
             return None
         self._after_call(call, output)
@@ -201,6 +207,8 @@ class Hooks:
 
     def _before_backward(self, call: Call, grad: Tensor) -> None:
         self._enter_backward()
+        if call.order:  # the root's begins with that of the last unit
+            self._whereabouts.at("backward", self._units[call.order].where, self._gradients.step)
         self._differentiable = self._differentiable or torch.is_grad_enabled()
         task = torch._C._current_graph_task_id()
         needed = {call.order, *self._calls.needs[call.order]}
@@ -237,6 +245,7 @@ class Hooks:
 
     def _after_backward(self) -> None:
         self._gradients.end_backward()
+        self._whereabouts.at("after a backward", "", self._gradients.step)
         self._calls.end_backward()
         self._kept = self._differentiable
         if not self._kept:

@@ -4,7 +4,7 @@ Checks what it is given, cuts the model into units, and puts the parts of the en
 the optimizer stay the objects that they were.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -60,6 +60,7 @@ def shard(
     prefetch: int = 1,
     trace_nonfinite: bool = False,
     weights: str | Path | None = None,
+    debug: str | None = None,
     group: ProcessGroup | None = None,
 ) -> Sharded:
     """Shard ``model`` and ``optimizer`` in place over the ranks of ``group`` (all of them by default).
@@ -79,11 +80,13 @@ def shard(
     the element, the rank and the line of the rule; for debugging, since it copies what is updated.
     ``weights``: a .safetensors file, an index of several, or a folder with either, to begin with instead of what the
     model holds; each rank reads only what it keeps.
+    ``debug="collectives"``: ranks compare every collective before they run it, so that one which differs is named at
+    the very call; slow.
 
     All ranks call it with models of equal structure; they go on from rank 0's values. Raises ConfigError,
     OwnershipError or RankMismatchError before anything is changed.
     """
-    _check_arguments(model, optimizer, clip_norm, clip_value, prefetch)
+    _check_arguments(model, optimizer, clip_norm, clip_value, prefetch, debug)
     scaler = scaler_of(loss_scale)
     device = _one_device(model)
     check_meta(model, weights is not None)
@@ -91,7 +94,7 @@ def shard(
     precisions = Precisions(model, precision)
     plans = plan_units(model, units, stage, precisions.of, optimizer.rule_of)
     schedule_ = checked_schedule(schedule, {plan.name: plan.stage for plan in plans})
-    ranks = Group(group)
+    ranks = Group(group, checked=debug == "collectives")
     cut = check_cut(model, ranks)
     file = None if weights is None else FromFile(weights, model, ranks)
     buffers = Buffers(model, ranks)
@@ -102,6 +105,7 @@ def shard(
         "clipping by the optimizer": optimizer.clip is not None,
         "loss_scale": repr(scaler),
         "trace_nonfinite": trace_nonfinite,
+        "debug": debug,
     }
     _check_equal_on_all_ranks({**_described(plans, buffers, file, cut), **options}, ranks)
 
@@ -125,7 +129,8 @@ def shard(
     clipping = Clipping(by_norm, clip_value)
     input_dtype = precisions.root.params if precisions.root else None
     precisions.install()
-    hooks = Hooks(built, gradients, agreement, Attached(model, built), prefetch, input_dtype, scaling)
+    attached, whereabouts = Attached(model, built), ranks.whereabouts
+    hooks = Hooks(built, gradients, agreement, attached, prefetch, input_dtype, scaling, whereabouts)
     unfreezing = Unfreezing(built, gradients, agreement, hooks, ranks)
     step = Step(optimizer, trained, gradients, agreement, buffers, clipping, trace, unfreezing, ranks, ledger)
     whole = Whole(model, built, gradients, agreement, ranks)
@@ -153,7 +158,8 @@ def _size(space: Space, optimizer: Optimizer | Combined, order: Mapping[str, int
 
 
 def _build(plans: list[UnitPlan], group: Group, ledger: Ledger, source: Source) -> list[Unit]:
-    units, tag = [], group.tags_of_model(sum(len(plan.spaces) for plan in plans))
+    units, tag = [], 0
+    group.reserve_tags(_first_of_loans(plans) + sum(len(plan.spaces) for plan in plans))
     for plan in plans:
         spaces = []
         for space in plan.spaces:
@@ -164,10 +170,15 @@ def _build(plans: list[UnitPlan], group: Group, ledger: Ledger, source: Source) 
     return units
 
 
+def _first_of_loans(units: Sequence[Unit | UnitPlan]) -> int:
+    """The tags before are two for each space, and two for values that go to the owners of whole tensors."""
+    return 2 * sum(len(unit.spaces) for unit in units) + 2
+
+
 def _lend(units: list[Unit], group: Group) -> list[Loan]:
     """The loans of every space whose parameters are sharded, where the ranks' connection allows it."""
     spaces = [space for unit in units for space in unit.spaces if space.stage.shard_params] if group.lends else []
-    first = group.reserve_tags(len(spaces)) if spaces else 0
+    first = _first_of_loans(units)
     return [space.lend(first + number) for number, space in enumerate(spaces)]
 
 
@@ -177,6 +188,7 @@ def _check_arguments(
     clip_norm: float | None,
     clip_value: float | None,
     prefetch: int,
+    debug: str | None,
 ) -> None:
     if not isinstance(optimizer, Optimizer | Combined):
         raise ConfigError(refusal(optimizer))
@@ -205,6 +217,8 @@ def _check_arguments(
         )
     if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
         raise ConfigError(f"expected prefetch to be 0 or a positive number of units, got {prefetch!r}")
+    if debug not in (None, "collectives"):
+        raise ConfigError(f"expected debug to be 'collectives' or None, got {debug!r}")
 
 
 def _one_device(model: nn.Module) -> torch.device:

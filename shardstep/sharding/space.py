@@ -167,7 +167,8 @@ class Space:
         label = f"gather of {self.where} for {phase}"
         self._gathering = None if self.loan is None else self.loan.take(self.flat, label)
         if self._gathering is None:
-            self._gathering = self._group.all_gather(self.flat, self.shard, tag=2 * self.tag, label=label)
+            tag, ordered = 2 * self.tag, not self._group.lends  # where shards are lent, ranks may gather differently
+            self._gathering = self._group.all_gather(self.flat, self.shard, tag=tag, label=label, ordered=ordered)
 
     def finish_gather(self) -> None:
         """Wait until the parameters are whole."""

@@ -203,6 +203,7 @@ class Step:
             pending.wait()
         self._buffers.follow_rank_0()
         self._gradients.spend()
+        self._group.whereabouts.at("before its first forward", "", self._gradients.step)
         if self._trace is not None:
             self._trace.raise_if_found(self._gradients.step - 1)
 

@@ -17,6 +17,11 @@ class Unit:
         """Whether the parameters are whole that ``free`` would free."""
         return any(space.communicates and space.is_whole for space in self.spaces)
 
+    @property
+    def where(self) -> str:
+        """How messages name it."""
+        return f"unit {self.name!r}" if self.name else "the root unit"
+
     def start_gather(self, phase: str, *, ahead: bool = False) -> None:
         for space in self.spaces:
             space.start_gather(phase, ahead=ahead)

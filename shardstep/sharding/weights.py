@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from shardstep.collectives import Group
+from shardstep.collectives import BUILDING, Group
 from shardstep.errors import ConfigError
 from shardstep.layout import Layout
 from shardstep.sharding.modules import weights
@@ -90,8 +90,7 @@ class FromFile:
             if first < end:
                 self._entries[slot.name].read(own[first - begin : end - begin], first - slot.offset)
         if own is not run:
-            tag = self._group.reserve_tags(1)
-            self._group.all_gather(run, own, tag=tag, label=f"gather of the weights of {where}").wait()
+            self._group.all_gather(run, own, tag=BUILDING, label=f"gather of the weights of {where}").wait()
 
     def load_buffers(self, model: nn.Module, device: torch.device) -> None:
         """Load the persistent buffers; those on meta come to be on ``device``."""
