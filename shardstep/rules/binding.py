@@ -150,22 +150,16 @@ def check_dtypes(segment: Segment) -> None:
         raise ConfigError(f"expected the copy of param in bfloat16 or float16, got {segment.low.dtype}")
 
 
-def checked(arrays: Mapping[str, Tensor], low: Tensor | None, offset: int) -> list[object]:
-    """What kernels are made for: the device of the arrays, the param first, and their dtypes and that of low.
-
-    Raises ConfigError unless all are contiguous, of one length (but for scales) and on one device.
-    """
+def check_arrays(arrays: Mapping[str, Tensor], low: Tensor | None, offset: int) -> None:
+    """Raise ConfigError unless all are contiguous, of one length (but for scales) and on one device."""
     param = arrays["param"]
-    numel, device, on_cpu = param.numel(), param.device, param.is_cpu
-    found: list[object] = [device]
+    numel, on_cpu = param.numel(), param.is_cpu
     for array in arrays.values() if low is None else (*arrays.values(), low):
-        here = array.is_cpu if on_cpu else array.device == device  # to compare devices takes three times as long
+        here = array.is_cpu if on_cpu else array.device == param.device  # to compare devices takes three times as long
         if not here or not array.is_contiguous():
             raise _misfit(array, param)
         if array.numel() != numel:
             _check_scale(array, arrays, offset)
-        found.append(array.dtype)
-    return found
 
 
 def _misfit(array: Tensor, param: Tensor) -> ConfigError:

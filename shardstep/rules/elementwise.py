@@ -28,6 +28,9 @@ def update_elements(
     variants: Variants, segments: Sequence[Segment], stacks: Sequence[Stack], groups: Sequence[Hypers]
 ) -> None:
     """Update all in place. Nothing is changed before the scalars of all of them are known."""
+    if len(segments) == 1 and not stacks and segments[0].seed is None:
+        _update_one(variants, segments[0], groups)
+        return
     tables: _Tables = {}
     _add_segments(variants, segments, groups, tables)
     for stack in stacks:
@@ -37,6 +40,15 @@ def update_elements(
             _add_segments(variants, stack.segments(), groups, tables)
     for kernel, (rows, counts) in tables.items():
         kernel.run(rows, sum(counts))
+
+
+def _update_one(variants: Variants, segment: Segment, groups: Sequence[Hypers]) -> None:
+    """What there is for a flat space of one parameter group, and small enough to count: nothing to look up twice."""
+    hypers = segment_hypers(segment, groups[segment.group])
+    compiled = variants.of(segment, kind_of(segment), hypers).passes[-1]
+    count = segment.param.numel()
+    row: Any = compiled.kernel.row(segment, count, compiled.scalars(hypers, {}))
+    compiled.kernel.run([row], count)
 
 
 def _add_segments(variants: Variants, segments: Iterable[Segment], groups: Sequence[Hypers], tables: _Tables) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shardstep.rules import noise
 from shardstep.rules.backends import blocks
-from shardstep.rules.binding import Binding, PhaseKernel, check_dtypes, checked, compute_dtype
+from shardstep.rules.binding import Binding, PhaseKernel, check_arrays, check_dtypes, compute_dtype
 from shardstep.rules.forms import Desk, Form, Kernels, Plan
 from shardstep.rules.hypers import Hypers, hypers_of
 from shardstep.rules.ir import Product, Program, Sweep, Turn
@@ -134,7 +134,7 @@ class MatrixUpdate:
 
     def _job(self, segment: Segment, group: Hypers) -> _Job:
         arrays = {"param": segment.param, "grad": segment.grad, **segment.state}
-        checked(arrays, segment.low, segment.offset)
+        check_arrays(arrays, segment.low, segment.offset)
         check_dtypes(segment)
         shape, compute = segment.shape or (), compute_dtype(segment.param)
         hypers = hypers_of(group, segment.step, segment.grad_scale, shape, compute)

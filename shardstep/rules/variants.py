@@ -5,6 +5,7 @@ They are compiled when they are first asked for. Nothing here runs them.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Final, TypeAlias
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from shardstep.errors import ConfigError
 from shardstep.rules import noise
 from shardstep.rules.backends.choice import ManyKernel, for_many
-from shardstep.rules.binding import Binding, PhaseKernel, arrays_of, check_dtypes, checked, compute_dtype
+from shardstep.rules.binding import Binding, PhaseKernel, arrays_of, check_arrays, check_dtypes, compute_dtype
 from shardstep.rules.host import HostPlan
 from shardstep.rules.hypers import Hypers
 from shardstep.rules.ir import Phase, Phases, Program, State
@@ -23,9 +24,11 @@ from shardstep.types import Segment
 BackEnd: TypeAlias = Callable[[torch.device], Callable[[Phase, Binding], PhaseKernel]]
 
 Kind: TypeAlias = tuple[object, ...]
-"""All that the kernels for a segment depend on but the truths of conditions: whether it has no seed, the names of its
-arrays, the device, the dtypes of the arrays and of low.
+"""All that the kernels for a segment depend on but the truths of conditions: the device, if it is not the CPU; whether
+there is no seed; the dtype of low; the names of its arrays, and their dtypes.
 """
+
+_dtype: Final = attrgetter("dtype")
 
 _COUNTS: Final = frozenset({"numel", "rows", "columns"})
 
@@ -55,8 +58,14 @@ class Variant:
 
 def kind_of(segment: Segment) -> Kind:
     """Raises ConfigError for arrays that do not fit."""
-    arrays = arrays_of(segment)
-    return (segment.seed is None, tuple(arrays), *checked(arrays, segment.low, segment.offset))
+    param, low, state = segment.param, segment.low, segment.state
+    arrays, numel = [param, segment.grad, *state.values()], param.numel()
+    for array in arrays if low is None else [*arrays, low]:
+        if not array.is_cpu or not array.is_contiguous() or array.numel() != numel:  # the usual case is none of these
+            check_arrays(arrays_of(segment), low, segment.offset)
+            break
+    device = None if param.is_cpu else param.device  # whose hash takes longer than the rest
+    return (device, segment.seed is None, None if low is None else low.dtype, *state, *map(_dtype, arrays))
 
 
 class Variants:

@@ -75,10 +75,11 @@ class LlvmKernel:
 
     def row(self, segment: Segment, count: int, scalars: Sequence[float]) -> bytes:
         """What `run` takes for a segment of ``count`` elements, which must live until then; see `rows`."""
-        low, arrays = segment.low, arrays_of(segment)
-        if low is not None or self._writes_low:
-            return self._pack(*self._addresses(arrays, low), count, segment.offset, *scalars)
-        return self._pack(*[arrays[name].data_ptr() for name in self._names], 0, count, segment.offset, *scalars)
+        low = segment.low
+        if low is not None or self._writes_low or not self._takes_all:
+            return self._pack(*self._addresses(arrays_of(segment), low), count, segment.offset, *scalars)
+        found = map(_address, (segment.param, segment.grad, *segment.state.values()))
+        return self._pack(*found, 0, count, segment.offset, *scalars)
 
     def rows(self, stack: Stack, counts: Sequence[int], scalars: Sequence[float]) -> list[bytes]:
         """What `run` takes for a stack with these ``counts`` of elements and the binding's arrays, in its order.
