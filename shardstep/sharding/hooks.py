@@ -47,10 +47,11 @@ class Hooks:
             return self._before_forward(order, args, kwargs)
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            self._after_forward(order, output)
+            self._after_forward(order, output, unit.complete(module))
 
-        unit.module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
-        unit.module.register_forward_hook(after, always_call=True)
+        for module in unit.modules:
+            module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+            module.register_forward_hook(after, always_call=True)
         for space in unit.spaces:
             for index in range(len(space.parameters) if space.trained else 0):
                 self.await_gradient(space, index)
@@ -77,7 +78,7 @@ class Hooks:
         if any(map(_communicates, self._units)):
             self._agreement.announce(Act.FORWARD, self._gradients.step, self._gradients.leaves)
 
-    def _after_forward(self, order: int, output: Any) -> None:
+    def _after_forward(self, order: int, output: Any, is_complete: bool) -> None:
         self._depth -= 1
         if self._lost:
             return
@@ -85,7 +86,7 @@ class Hooks:
         turning = torch.is_grad_enabled() and self._expect_backward(order, output)
         if self._gradients.in_backward:
             return
-        if not (turning and self._begins_backward(order)):
+        if is_complete and not (turning and self._begins_backward(order)):
             unit.free()
         if self._depth == 0:
             for other, unit in enumerate(self._units):

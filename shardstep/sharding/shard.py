@@ -54,7 +54,7 @@ def shard(
 
     ``stage``: 0 to 3 for every unit, a mapping of unit-name patterns, or a function (name, module) -> stage.
     ``units``: name patterns or classes of the modules that are gathered and freed together; by default the
-    repeated blocks of the model. Whatever is in none of them forms the root unit.
+    repeated blocks of the model, small neighbours together. Whatever is in none of them forms the root unit.
     ``precision``: dtypes of computation, communication and master; by default the parameters' own, with a
     float32 master for low-precision ones. ``clip_norm``: clip the mean gradient to this global 2-norm.
     ``schedule``: 'per leaf' (default) or 'per step' (stages 0 and 1). ``prefetch``: units gathered ahead.
@@ -116,12 +116,11 @@ def _build(plans: list[UnitPlan], group: Group, ledger: Ledger) -> list[Unit]:
     units, tag = [], 0
     for plan in plans:
         spaces = []
-        for space in plan.spaces:
-            spaces.append(
-                Space(plan.name, tag, space.layout, space.parameters, plan.stage, space.precision, group, ledger)
-            )
+        for own in plan.spaces:
+            where = (plan.name, tag, own.layout, own.parts)
+            spaces.append(Space(*where, own.parameters, plan.stage, own.precision, group, ledger))
             tag += 1
-        units.append(Unit(plan.name, plan.module, plan.stage, spaces))
+        units.append(Unit(plan.name, plan.modules, plan.stage, spaces))
     return units
 
 

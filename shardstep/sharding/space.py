@@ -36,20 +36,21 @@ from shardstep.types import SCALED_NUMEL
 
 
 class Space:
-    """See the note above. ``tag`` numbers the space among all of a model's."""
+    """See the note above. ``tag`` numbers the space among all of a model's; ``parts`` are those of its `SpacePlan`."""
 
     def __init__(
         self,
         unit_name: str,
         tag: int,
         layout: Layout,
+        parts: tuple[tuple[int, int], ...],
         parameters: list[nn.Parameter],
         stage: Stage,
         precision: Precision,
         group: Group,
         ledger: Ledger,
     ) -> None:
-        self.unit_name, self.tag, self.layout, self.parameters = unit_name, tag, layout, parameters
+        self.unit_name, self.tag, self.layout, self.parts, self.parameters = unit_name, tag, layout, parts, parameters
         self.stage, self.precision = stage, precision
         self.trained = parameters[0].requires_grad
         self.shard_numel = layout.shard_numel(group.size)
