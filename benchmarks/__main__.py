@@ -9,10 +9,10 @@ import sys
 from dataclasses import asdict, replace
 
 from benchmarks import machine, report, save, session
-from benchmarks.config import DTYPES, QUICK_MODEL, ModelConfig, SessionConfig
+from benchmarks.config import DTYPES, MODELS, QUICK_MODEL, SessionConfig
 from benchmarks.names import DEFAULT, KNOWN, processes
 
-EXPECTED_BYTES_PER_PROCESS = 1.1e9
+EXPECTED_BYTES_PER_PROCESS = 1.1e9  # of the model of 25 M parameters
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -22,7 +22,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--contestants", type=_names, default=DEFAULT, help=f"from: {','.join(KNOWN)}")
     parser.add_argument("--rounds", type=_positive, help="measured rounds, after one that is discarded (8)")
     parser.add_argument("--steps", type=_positive, help="steps of each contestant in a round (3)")
-    parser.add_argument("--layers", type=_positive, help="layers of the model (8)")
+    parser.add_argument("--model", choices=MODELS, default="25m", help="a GPT of so many parameters (25m)")
+    parser.add_argument("--layers", type=_positive, help="layers of the model, if not its own")
     parser.add_argument("--batch", type=_positive, help="batch of each rank (2)")
     parser.add_argument("--seed", type=int, default=0, help="of the model, the data and the order of turns")
     parser.add_argument("--quick", action="store_true", help="tiny model, 2 rounds: does it run at all?")
@@ -49,7 +50,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 def configure(options: argparse.Namespace) -> SessionConfig:
     """Defaults, or those of ``--quick``; what was given on the command line wins."""
-    model = QUICK_MODEL if options.quick else ModelConfig()
+    model = QUICK_MODEL if options.quick else MODELS[options.model]
     sizes = {key: getattr(options, key) for key in ("layers", "batch") if getattr(options, key)}
     config = SessionConfig(options.contestants, replace(model, **sizes), seed=options.seed)
     if options.quick:

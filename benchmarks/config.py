@@ -21,6 +21,13 @@ class ModelConfig:
 
 QUICK_MODEL = ModelConfig(layers=2, dim=64, heads=4, seq=32, vocab=64)
 
+MODELS = {
+    "25m": ModelConfig(),
+    "100m": ModelConfig(dim=1024, heads=16),
+    "tiny": ModelConfig(layers=24, dim=64, heads=4, seq=16),
+}
+"""By name; "tiny" has 293 tensors and next to no arithmetic, so it shows what a library costs the host."""
+
 
 @dataclass(frozen=True)
 class SessionConfig:

@@ -5,22 +5,28 @@ from __future__ import annotations
 PEERS = ("ddp", "ddp-fused", "fsdp2", "fsdp2-fused")
 OURS = ("stage0", "stage1", "stage2", "stage3")
 DEFAULT = ("plain", "plain-x2", *PEERS, *OURS)
-KNOWN = (*DEFAULT, "plain-fused", "plain-x2-fused")
+DEEPSPEED = ("deepspeed1", "deepspeed2", "deepspeed3", "deepspeed3-tuned")
+"""DeepSpeed must be installed for these; it compiles a C++ extension when it is first started."""
+
+ALONE = ("plain", "plain-fused", "stage3-alone")
+"""One process beside an idle core."""
+
+KNOWN = (*DEFAULT, "plain-fused", "plain-x2-fused", "stage3-alone", "ddp-zero", *DEEPSPEED)
 
 
 def processes(name: str, ranks: int) -> int:
-    """``plain`` is one process beside an idle core; everybody else keeps all ranks' cores busy."""
-    return 1 if name in ("plain", "plain-fused") else ranks
+    """Some are one process beside an idle core; everybody else keeps all ranks' cores busy."""
+    return 1 if name in ALONE else ranks
 
 
 def communicates(name: str) -> bool:
     """The plain loops have no process group, also where several of them run side by side."""
-    return not name.startswith("plain")
+    return name not in ALONE and not name.startswith("plain")
 
 
 def stage_of(name: str) -> int | None:
     """The stage of one of our own contestants; None for a peer."""
-    return int(name.removeprefix("stage")) if name in OURS else None
+    return int(name.removeprefix("stage").removesuffix("-alone")) if name in (*OURS, "stage3-alone") else None
 
 
 def formula_sent_bytes(name: str, dtype: str, params_numel: int, ranks: int) -> float | None:
@@ -30,7 +36,7 @@ def formula_sent_bytes(name: str, dtype: str, params_numel: int, ranks: int) -> 
     parameters are sharded. In bf16 all journeys are of 2 bytes, but DDP under autocast reduces and returns fp32,
     and our stage 0 returns the fp32 sum of its bf16 leaves.
     """
-    if not communicates(name):
+    if not communicates(name) or name in DEEPSPEED:
         return None
     half = 2 if dtype == "bf16" else 4
     if name.startswith("ddp"):

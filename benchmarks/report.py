@@ -29,12 +29,27 @@ class Bar:
 
 
 BARS = (
-    Bar("stage3", "fsdp2", 0.88),
+    Bar("stage3", "ddp", 1.00),
+    Bar("stage3", "ddp-fused", None),
+    Bar("stage3", "fsdp2", 0.82),
     Bar("stage3", "fsdp2-fused", None),
-    Bar("stage0", "ddp", 1.00),
+    Bar("stage3", "deepspeed3", 0.70),
+    Bar("stage3", "deepspeed3-tuned", 0.70),
+    Bar("stage2", "deepspeed2", 0.78),
+    Bar("stage1", "deepspeed1", 0.78),
+    Bar("stage1", "ddp-zero", 0.95),
+    Bar("stage0", "ddp", 0.97),
     Bar("stage0", "ddp-fused", None),
-    Bar("stage3", "ddp", None),
+    Bar("stage3-alone", "plain-fused", 1.02),
     Bar("stage3", "plain-x2", None),
+)
+
+RIVALS_IN_MEMORY = (
+    ("stage3", "fsdp2"),
+    ("stage3", "deepspeed3"),
+    ("stage3", "deepspeed3-tuned"),
+    ("stage2", "deepspeed2"),
+    ("stage1", "deepspeed1"),
 )
 
 
@@ -153,8 +168,10 @@ def _bar_lines(bar: Bar, everyone: dict[str, Contestant], dtype: str) -> list[st
     """One line a bar, wall and CPU each with its own verdict."""
     ours, peer = everyone.get(bar.ours), everyone.get(bar.peer)
     title = f"{dtype} {bar.ours} / {bar.peer}"
-    if ours is None or peer is None or not ran(ours) or not ran(peer):
-        return [f"{title}: not measured"] if bar.limit is not None else []
+    if ours is None or peer is None:
+        return []
+    if not ran(ours) or not ran(peer):
+        return [f"{title}: not measured"]
     verdicts = [f"{label} {_verdict(ratio(ours, peer, key), bar.limit)}"
                 for label, key in (("wall", "wall_s"), ("CPU", "cpu_s"))]  # fmt: skip
     limit = f" (bar {bar.limit:.2f})" if bar.limit is not None else " (no bar, told for honesty)"
@@ -172,11 +189,12 @@ def _verdict(spread: Spread, limit: float | None) -> str:
 def _memory_lines(everyone: dict[str, Contestant], dtype: str) -> list[str]:
     """Peak RSS against FSDP2, and our own buffers against the formula."""
     lines = []
-    ours, peer = everyone.get("stage3"), everyone.get("fsdp2")
-    if ours is not None and peer is not None and ran(ours) and ran(peer):
-        share = peak_rss_bytes(ours) / peak_rss_bytes(peer)
-        verdict = "met" if share <= 1 else "missed"
-        lines.append(f"{dtype} stage3 / fsdp2, peak RSS (bar 1.00): {share:.3f} {verdict}")
+    for name, rival in RIVALS_IN_MEMORY:
+        ours, peer = everyone.get(name), everyone.get(rival)
+        if ran(ours) and ran(peer):
+            share = peak_rss_bytes(everyone[name]) / peak_rss_bytes(everyone[rival])
+            verdict = "met" if share <= 1 else "missed"
+            lines.append(f"{dtype} {name} / {rival}, peak RSS (bar 1.00): {share:.3f} {verdict}")
     for name, contestant in everyone.items():
         if stage_of(name) is not None and ran(contestant):
             lines.append(f"{dtype} {name}, bytes of its own buffers: {_formula_verdict(contestant['memory'])}")

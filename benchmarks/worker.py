@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.config import ModelConfig
-from benchmarks.contestants import BUILDERS, Loop
+from benchmarks.contestants import BUILDERS, EngineLoop, Loop
 from benchmarks.model import Batches, make_model
 from benchmarks.names import communicates
 
@@ -64,7 +64,7 @@ def join(spec: Message) -> None:
     dist.init_process_group("gloo", store=store, rank=spec["rank"], world_size=spec["ranks"], timeout=timeout)
 
 
-def train(loop: Loop, batches: Batches, steps: int, meet: Callable[[], None]) -> list[Message]:
+def train(loop: Loop | EngineLoop, batches: Batches, steps: int, meet: Callable[[], None]) -> list[Message]:
     """Take the steps. The last one ends when all ranks meet, so that background work counts too."""
     records = []
     for index in range(steps):
