@@ -8,7 +8,7 @@ talks to another rank or changes a module.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -97,6 +97,15 @@ def lay_out(dtype: torch.dtype, parameters: Iterable[tuple[str, Sequence[int]]])
         slots.append(Slot(name, tuple(shape), offset, numel))
         offset = -(-(offset + numel) // ALIGNMENT_NUMEL) * ALIGNMENT_NUMEL
     return Layout(dtype, tuple(slots), max(1, -(-offset // BLOCK_NUMEL)))
+
+
+def joined(layouts: Sequence[Layout]) -> Layout:
+    """One space after another in one; each begins with a block, so the blocks are the same ones."""
+    slots, blocks = list[Slot](), 0
+    for layout in layouts:
+        slots += [replace(slot, offset=slot.offset + blocks * BLOCK_NUMEL) for slot in layout.slots]
+        blocks += layout.blocks
+    return Layout(layouts[0].dtype, tuple(slots), blocks)
 
 
 def fingerprint(named_layouts: Iterable[tuple[str, Layout]]) -> str:

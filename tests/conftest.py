@@ -17,10 +17,12 @@ import pytest
 import torch
 
 from shardstep import collectives
+from shardstep.sharding import units
 
 THREADS = 1
 TIMEOUT_S = 20.0
 torch.set_num_threads(THREADS)
+units.SMALL_NUMEL = 0  # the models here are tiny, and most tests are about units that are not joined
 hypothesis.settings.register_profile("shardstep", deadline=None)  # the machines that run this are shared
 hypothesis.settings.load_profile("shardstep")
 

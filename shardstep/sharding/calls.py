@@ -42,7 +42,8 @@ class Calls:
         """For each unit the others whose parameters its own forward uses, as found so far."""
         self._entrances: set[int] = set()
         self._clock = 0
-        self._uses = [0] * units
+        self._used = set[tuple[int, int]]()
+        self._used_again = set[int]()
 
     def enter(self, order: int, module: nn.Module, *, repeats: bool) -> Call:
         """``repeats``: in a backward pass, where only modules that were called by themselves are entered again."""
@@ -54,7 +55,8 @@ class Calls:
         self.running.append(call)
         for used in (order, *self.needs[order]):
             within.first.setdefault(used, call.start)
-            self._uses[used] += 1
+            if not repeats:
+                self._count_use(used, call)
         return call
 
     def leave(self, module: nn.Module) -> Call | None:
@@ -72,15 +74,22 @@ class Calls:
         if user.order != order:
             self.needs[user.order].add(order)
             user.within.first.setdefault(order, user.start)
-            self._uses[order] += 1
+            self._count_use(order, user)
 
     def are_several(self, order: int) -> bool:
-        """Whether the parameters may have been used in several checkpoints: those of the root, or of several calls."""
-        return order == 0 or self._uses[order] > 1
+        """Whether a parameter may have been used in several checkpoints: by several modules, or in several calls."""
+        return order == 0 or order in self._used_again
 
     def end_backward(self) -> None:
         """Count the uses anew."""
-        self._uses = [0] * len(self._uses)
+        self._used.clear()
+        self._used_again.clear()
+
+    def _count_use(self, order: int, user: Call) -> None:
+        use = (order, id(user.module))
+        if user.order != order or use in self._used:
+            self._used_again.add(order)
+        self._used.add(use)
 
     def busy(self) -> set[int]:
         """The units that running calls need."""

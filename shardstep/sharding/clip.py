@@ -37,12 +37,14 @@ def global_norm(runs: list[tuple[Space, Tensor]], group: Group, step: int) -> fl
     """The 2-norm over all spaces; ``runs`` holds this rank's run (shard numel) of each space's gradient sum."""
     own = torch.cat([block_sums(values) for _, values in runs])
     sums = group.all_gather_small(own, label=f"gather of block norms in step {step}")
-    ordered, offset = [], 0
+    by_part, offset = dict[int, Tensor](), 0
     for space, values in runs:
         blocks = values.numel() // BLOCK_NUMEL
-        ordered.append(sums[:, offset : offset + blocks].reshape(-1)[: space.layout.blocks])
+        of_space = sums[:, offset : offset + blocks].reshape(-1)[: space.layout.blocks]
+        cut = torch.split(of_space, [count for _, count in space.parts])
+        by_part |= zip((number for number, _ in space.parts), cut, strict=True)
         offset += blocks
-    return math.sqrt(torch.cat(ordered).sum().item())
+    return math.sqrt(torch.cat([by_part[number] for number in sorted(by_part)]).sum().item())
 
 
 def clip_coefficient(norm: float, clip_norm: float) -> float:

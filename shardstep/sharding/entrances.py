@@ -26,7 +26,7 @@ class Entered(Protocol):
 
 def rest_of_root(units: list[Unit]) -> Iterator[nn.Module]:
     """The modules of the root unit, without the root itself."""
-    seen = {id(unit.module) for unit in units}
+    seen = {id(module) for unit in units for module in unit.modules}
 
     def visit(module: nn.Module) -> Iterator[nn.Module]:
         for _, child in named_children(module):
@@ -35,7 +35,7 @@ def rest_of_root(units: list[Unit]) -> Iterator[nn.Module]:
                 yield child
                 yield from visit(child)
 
-    return visit(units[0].module)
+    return visit(units[0].modules[0])
 
 
 class Before(NotCopied):

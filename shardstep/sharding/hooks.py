@@ -51,8 +51,8 @@ class Hooks:
         """The number that autograd has given to this backward pass."""
         self._pinned: set[int] = set()
         """Units that are freed when backward is over, and not before."""
-        self._attributes: dict[int, list[tuple[nn.Module, str]]] = {}
-        """For each unit the attributes in which its modules leave tensors, as found in its first forward."""
+        self._attributes: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+        """For each module of a unit the attributes in which it leaves tensors, as found in its first forward."""
         self._lost = self._differentiable = self._kept = False
         """``_differentiable``: this backward pass makes a graph of its own; ``_kept``: the one before did, and what
         was gathered for it stays."""
@@ -63,7 +63,8 @@ class Hooks:
                 self._hook(0, module, inner=True)
 
     def _install(self, order: int, unit: Unit) -> None:
-        self._hook(order, unit.module, inner=False)
+        for module in unit.modules:
+            self._hook(order, module, inner=False)
         for space in unit.spaces:
             space.late = partial(self._gather_late, order)
             for index in range(len(space.parameters) if space.trained else 0):
@@ -92,7 +93,7 @@ class Hooks:
         if outermost and not in_backward:
             self._begin_forward()
         ahead = range(0)
-        if module is self._units[order].module:
+        if self._units[order].has(module):
             ahead = self._before(order) if in_backward else self._after(order)
         if outermost and in_backward:
             self._free_done(None, {order, *self._calls.needs[order], *ahead})
@@ -134,11 +135,12 @@ class Hooks:
 
     def _after_call(self, call: Call, output: Any) -> None:
         turning = torch.is_grad_enabled() and self._expect_backward(call, output)
+        is_complete = self._units[call.order].complete(call.module)
         if self._gradients.in_backward or self._kept:
             return
         needed = self._calls.busy() | self._pinned
-        unneeded = [call.order, *self._calls.needs[call.order]] if self._calls.running else range(len(self._units))
-        for order in unneeded:
+        done = [call.order, *self._calls.needs[call.order]] if is_complete else []
+        for order in done if self._calls.running else range(len(self._units)):
             if order not in needed and not (turning and self._begins_backward(order)):
                 self._units[order].free()
 
@@ -146,10 +148,10 @@ class Hooks:
         """Have backward gather the unit when it reaches one of its outputs; False when it never will."""
         tensors, hidden = tensors_in(output)
         unit = self._units[call.order]
-        if unit.stage.shard_params and unit.module is call.module:
-            if call.order not in self._attributes:
-                self._attributes[call.order] = written_attributes(call.module)
-            tensors += tensors_at(self._attributes[call.order])
+        if unit.stage.shard_params and unit.has(call.module):
+            if call.module not in self._attributes:
+                self._attributes[call.module] = written_attributes(call.module)
+            tensors += tensors_at(self._attributes[call.module])
             self._keep_what_leaves(call.order, tensors)
         reached = [tensor for tensor in tensors if tensor.requires_grad and tensor.grad_fn is not None]
         for tensor in reached:
@@ -187,7 +189,7 @@ class Hooks:
 
     def add_entry(self, name: str) -> None:
         """Treat a method of the model as its forward is treated."""
-        root = self._units[0].module
+        root = self._units[0].modules[0]
         method = getattr(root, name)
 
         def entry(*args: Any, **kwargs: Any) -> Any:
@@ -214,7 +216,7 @@ class Hooks:
         needed = {call.order, *self._calls.needs[call.order]}
         for order in needed:
             self._live.reached(order, call.start, task)
-        ahead = self._before(call.order) if call.module is self._units[call.order].module else range(0)
+        ahead = self._before(call.order) if self._units[call.order].has(call.module) else range(0)
         self._free_done(call, needed.union(ahead))
         self._gather(call.order, ahead, "backward")
 

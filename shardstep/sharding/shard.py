@@ -67,7 +67,7 @@ def shard(
 
     ``stage``: 0 to 3 for every unit, a mapping of unit-name patterns, or a function (name, module) -> stage.
     ``units``: name patterns or classes of the modules that are gathered and freed together; by default the
-    repeated blocks of the model. Whatever is in none of them forms the root unit.
+    repeated blocks of the model, small neighbours together. Whatever is in none of them forms the root unit.
     ``precision``: dtypes of computation, communication and master; by default the parameters' own, with a
     float32 master for low-precision ones. Exceptions by a mapping of module-name patterns (each counts for a module and
     all in it, the first that matches decides), or a function (name, module) -> Precision, or None as around it.
@@ -162,11 +162,11 @@ def _build(plans: list[UnitPlan], group: Group, ledger: Ledger, source: Source) 
     group.reserve_tags(_first_of_loans(plans) + sum(len(plan.spaces) for plan in plans))
     for plan in plans:
         spaces = []
-        for space in plan.spaces:
-            laid_out, stored = (space.layout, space.parameters), (plan.stage, space.precision)
-            spaces.append(Space(plan.name, tag, *laid_out, *stored, group, ledger, source))
+        for own in plan.spaces:
+            laid_out = (own.layout, own.parts, own.parameters)
+            spaces.append(Space(plan.name, tag, *laid_out, plan.stage, own.precision, group, ledger, source))
             tag += 1
-        units.append(Unit(plan.name, plan.module, plan.stage, spaces))
+        units.append(Unit(plan.name, plan.modules, plan.stage, spaces))
     return units
 
 

@@ -42,13 +42,16 @@ from shardstep.types import SCALED_NUMEL
 
 
 class Space:
-    """See the note above. ``tag`` numbers the space among all of a model's; ``source`` has its first values."""
+    """See the note above. ``tag`` numbers the space among all of a model's; ``parts`` are those of its `SpacePlan`;
+    ``source`` has its first values.
+    """
 
     def __init__(
         self,
         unit_name: str,
         tag: int,
         layout: Layout,
+        parts: tuple[tuple[int, int], ...],
         parameters: list[nn.Parameter],
         stage: Stage,
         precision: Precision,
@@ -56,7 +59,7 @@ class Space:
         ledger: Ledger,
         source: Source,
     ) -> None:
-        self.unit_name, self.tag, self.layout, self.parameters = unit_name, tag, layout, parameters
+        self.unit_name, self.tag, self.layout, self.parts, self.parameters = unit_name, tag, layout, parts, parameters
         self.stage, self.precision = stage, precision
         self.trained = parameters[0].requires_grad
         self.shard_numel = layout.shard_numel(group.size)

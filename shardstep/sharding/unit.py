@@ -1,4 +1,4 @@
-"""A unit at run time: a module and the flat spaces that are gathered and freed together with it."""
+"""A unit at run time: a module, or several small ones, and the flat spaces that are gathered and freed with them."""
 
 from torch import nn
 
@@ -9,8 +9,9 @@ from shardstep.sharding.space import Space
 class Unit:
     """The root unit is named '' and comes first in the declared order of a model's units."""
 
-    def __init__(self, name: str, module: nn.Module, stage: Stage, spaces: list[Space]) -> None:
-        self.name, self.module, self.stage, self.spaces = name, module, stage, spaces
+    def __init__(self, name: str, modules: list[nn.Module], stage: Stage, spaces: list[Space]) -> None:
+        self.name, self.modules, self.stage, self.spaces = name, modules, stage, spaces
+        self._modules, self._done = set(modules), set[nn.Module]()
 
     @property
     def is_whole(self) -> bool:
@@ -30,7 +31,17 @@ class Unit:
         for space in self.spaces:
             space.finish_gather()
 
+    def has(self, module: nn.Module) -> bool:
+        """Whether it is one of the modules; not a part of one."""
+        return module in self._modules
+
+    def complete(self, module: nn.Module) -> bool:
+        """Whether all of its modules have run, in any order, now that ``module`` has."""
+        self._done.add(module)
+        return self._modules <= self._done
+
     def free(self) -> None:
+        self._done.clear()
         for space in self.spaces:
             space.free()
 

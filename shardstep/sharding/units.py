@@ -2,34 +2,43 @@
 
 A parameter belongs to the innermost unit around every module that uses it: one that is tied across units
 belongs to the root unit, which is whole during the entire forward. Nothing here allocates or communicates.
+
+Of the blocks that are found by themselves, small neighbours are one unit: a message costs about as much as a million
+elements on their way. Their places stay block by block what they would be apart, so the bits do, too.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from shardstep.config import Precision, Stage, StageChoice, UnitChoice, matches, resolve_stage
 from shardstep.errors import ConfigError
-from shardstep.layout import Layout, lay_out
+from shardstep.layout import Layout, joined, lay_out
 from shardstep.sharding.modules import is_keras, named_children, named_modules, own_parameters, weights
+
+SMALL_NUMEL = 1 << 20
+"""Neighbours of together at most so many elements are one unit."""
 
 
 @dataclass(frozen=True)
 class SpacePlan:
-    """A flat space to be made: its layout and the parameters in it, in slot order."""
+    """A flat space to be made: its layout and the parameters in it, in slot order. ``parts``: the spaces that it joins,
+    each by its number among all of a model's, were none joined, and its blocks.
+    """
 
     layout: Layout
     parameters: list[nn.Parameter]
     precision: Precision
+    parts: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class UnitPlan:
-    """A unit to be made. The root unit comes first and is named ''."""
+    """A unit to be made. The root unit comes first and is named ''. ``modules``: one, or small ones in their order."""
 
     name: str
-    module: nn.Module
+    modules: list[nn.Module]
     stage: Stage
     spaces: list[SpacePlan] = field(default_factory=list)
 
@@ -48,13 +57,54 @@ def plan_units(
     """
     modules = {"": model, **{name: module for name, module in _chosen(model, units) if name}}
     owned = _parameters_by_unit(model, modules)
-    plans = []
+    plans, count = list[UnitPlan](), 0
     for name, module in modules.items():
         if not owned[name] and name:
             continue
-        spaces = _spaces(owned[name], precision_of, rule_of)
-        plans.append(UnitPlan(name, module, resolve_stage(stage, name, module), spaces))
-    return plans
+        spaces = []
+        for number, plan in enumerate(_spaces(owned[name], precision_of, rule_of), start=count):
+            spaces.append(replace(plan, parts=((number, plan.layout.blocks),)))
+        count += len(spaces)
+        plans.append(UnitPlan(name, [module], resolve_stage(stage, name, module), spaces))
+    return plans if units is not None else [plans[0], *_joined(plans[1:], rule_of)]
+
+
+def _joined(plans: list[UnitPlan], rule_of: Callable[[nn.Parameter], int]) -> Iterator[UnitPlan]:
+    """The same units with small neighbours of one stage as one."""
+    together: list[UnitPlan] = []
+    for plan in plans:
+        if together and not _may_be_one([*together, plan]):
+            yield _as_one(together, rule_of)
+            together = []
+        together.append(plan)
+    if together:
+        yield _as_one(together, rule_of)
+
+
+def _may_be_one(plans: list[UnitPlan]) -> bool:
+    spaces = [space for plan in plans for space in plan.spaces]
+    noisy = any(space.precision.rounding == "stochastic" for space in spaces)  # by the place in a space of their own
+    small = sum(space.layout.numel for space in spaces) <= SMALL_NUMEL
+    return small and not noisy and all(plan.stage == plans[0].stage for plan in plans)
+
+
+def _as_one(plans: list[UnitPlan], rule_of: Callable[[nn.Parameter], int]) -> UnitPlan:
+    if len(plans) == 1:
+        return plans[0]
+    kinds: dict[tuple[bool, Precision, int], list[SpacePlan]] = {}
+    for space in (space for plan in plans for space in plan.spaces):
+        kinds.setdefault(_kind(space.parameters[0], space.precision, rule_of), []).append(space)
+    spaces = [
+        SpacePlan(
+            joined([space.layout for space in members]),
+            [parameter for space in members for parameter in space.parameters],
+            members[0].precision,
+            tuple(part for space in members for part in space.parts),
+        )
+        for _, members in sorted(kinds.items(), key=lambda item: item[0][0])
+    ]
+    modules = [module for plan in plans for module in plan.modules]
+    return UnitPlan(f"{plans[0].name} to {plans[-1].name}", modules, plans[0].stage, spaces)
 
 
 def _chosen(model: nn.Module, units: UnitChoice | None) -> Iterator[tuple[str, nn.Module]]:
@@ -134,8 +184,7 @@ def _spaces(
     for name, parameter in named:
         if not parameter.is_floating_point():
             raise ConfigError(f"expected floating-point parameters, got {parameter.dtype} for {name!r}")
-        rule = rule_of(parameter) if parameter.requires_grad else 0
-        kind = (not parameter.requires_grad, precision_of(parameter) or Precision.of(parameter.dtype), rule)
+        kind = _kind(parameter, precision_of(parameter) or Precision.of(parameter.dtype), rule_of)
         groups.setdefault(kind, []).append((name, parameter))
     return [
         SpacePlan(
@@ -145,3 +194,10 @@ def _spaces(
         )
         for kind, members in sorted(groups.items(), key=lambda item: item[0][0])
     ]
+
+
+def _kind(
+    parameter: nn.Parameter, precision: Precision, rule_of: Callable[[nn.Parameter], int]
+) -> tuple[bool, Precision, int]:
+    """What the parameters of a space have in common: whether they are frozen, their dtypes, and their rule."""
+    return not parameter.requires_grad, precision, rule_of(parameter) if parameter.requires_grad else 0

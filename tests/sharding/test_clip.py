@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shardstep.layout import BLOCK_NUMEL, lay_out
+from shardstep.layout import BLOCK_NUMEL, joined, lay_out
 from shardstep.sharding.clip import block_sums, clip_coefficient, global_norm
 
 
@@ -65,7 +65,7 @@ def norms_on(world_size: int, sums: list[Tensor], layouts: list[Any]) -> list[fl
     ]
     cuts = [[whole.chunk(world_size)[rank] for whole in padded] for rank in range(world_size)]
     everyone = [torch.cat([block_sums(run) for run in runs]) for runs in cuts]
-    spaces = [SimpleNamespace(layout=layout) for layout in layouts]
+    spaces = [SimpleNamespace(layout=layout, parts=((n, layout.blocks),)) for n, layout in enumerate(layouts)]
     ranks = [Rank(rank=rank, size=world_size, everyone=everyone) for rank in range(world_size)]
     return [global_norm(list(zip(spaces, cuts[rank.rank], strict=True)), rank, 0) for rank in ranks]
 
@@ -87,3 +87,19 @@ def test_the_coefficient_is_torchs(norm, clip_norm):
     parameter.grad = torch.tensor(norm, dtype=torch.float64)
     torch.nn.utils.clip_grad_norm_(parameter, clip_norm)
     assert clip_coefficient(norm, clip_norm) * norm == pytest.approx(parameter.grad.item(), rel=1e-15)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(1, 9), min_size=3, max_size=6))
+def test_the_norm_has_the_same_bits_whatever_spaces_are_joined(blocks):
+    layouts = [lay_out(torch.float32, [("p", (count * BLOCK_NUMEL,))]) for count in blocks]
+    sums = [random_blocks(layout.blocks) for layout in layouts]
+    apart = [SimpleNamespace(layout=layout, parts=((n, layout.blocks),)) for n, layout in enumerate(layouts)]
+    together = []
+    for members in (range(0, len(blocks), 2), range(1, len(blocks), 2)):  # as frozen and trained ones of several units
+        parts = tuple((n, layouts[n].blocks) for n in members)
+        space = SimpleNamespace(layout=joined([layouts[n] for n in members]), parts=parts)
+        together.append((space, torch.cat([sums[n] for n in members])))
+    alone = Rank(rank=0, size=1, everyone=[torch.cat([block_sums(run) for run in sums])])
+    alone_joined = Rank(rank=0, size=1, everyone=[torch.cat([block_sums(run) for _, run in together])])
+    assert global_norm(together, alone_joined, 0) == global_norm(list(zip(apart, sums, strict=True)), alone, 0)

@@ -152,7 +152,9 @@ def most_whole(make: Callable[[], nn.Module], backward: Callable[[Any, int], Ten
     for step in range(2):
         most = 0
         handles = [
-            module.register_forward_hook(lambda *_: look()) for unit in units[1:] for module in unit.module.children()
+            module.register_forward_hook(lambda *_: look())
+            for unit in units[1:]
+            for module in unit.modules[0].children()
         ]
 
         def look(*_: Any) -> None:
