@@ -399,9 +399,11 @@ def test_units_may_be_compiled(ranks, backend, when):
 
 
 def tags_of_two() -> list[int]:
-    return [space.tag for seed in (1, 2) for unit in whole_of(sharded(seed=seed)[0]).units for space in unit.spaces]
+    models = [sharded(seed=seed)[0] for seed in (1, 2)]
+    spaces = [space for model in models for unit in whole_of(model).units for space in unit.spaces]
+    return [space._group._tag(2 * space.tag + kind) for space in spaces for kind in (0, 1)]
 
 
 def test_messages_of_two_models_cannot_be_taken_for_each_other(ranks):
     for tags in ranks(2).run(tags_of_two):
-        assert len(tags) == len({*tags}) == 10
+        assert len(tags) == len({*tags}) == 20

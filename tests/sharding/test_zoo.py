@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import shardstep as ss
 from shardstep.sharding.whole import whole_of
+from tests.sharding.test_joined_units import joining
 from tests.sharding.zoo import ZOO, Entry
 
 STEPS, LEAVES = 3, 4
@@ -45,11 +46,13 @@ def packed(values: Any) -> bytes:
     return buffer.getvalue()
 
 
-def sharded_run(name: str, stage: Any) -> dict[str, Any]:
+def sharded_run(name: str, stage: Any, join: bool = False) -> dict[str, Any]:
     entry = ZOO[name]
     model = made(entry)
     optimizer = ss.optim.AdamW(trained(model), lr=0.05)
-    sharded = ss.shard(model, optimizer, stage=stage, units=entry.units, prefetch=entry.prefetch)
+    with joining(1 << 20 if join else 0):
+        units = None if join else entry.units
+        sharded = ss.shard(model, optimizer, stage=stage, units=units, prefetch=entry.prefetch)
     for method in entry.entries:
         sharded.add_entry(method)
     sent, whole = [], []
@@ -66,6 +69,7 @@ def sharded_run(name: str, stage: Any) -> dict[str, Any]:
         "digest": ss.digest(model, optimizer),
         "world_size": sharded.world_size,
         "whole": sorted(set(whole)),
+        "units": len(sharded.stages),
         "sent": sent[-1],
         "formula": sharded.step_bytes(entry.passes * LEAVES // sharded.world_size),
     }
@@ -77,7 +81,7 @@ def whole_units(model: nn.Module) -> list[str]:
     return [unit.name for unit in units for space in unit.spaces if space.is_whole]
 
 
-def sharded_runs(runs: list[tuple[str, Any]]) -> list[dict[str, Any]]:
+def sharded_runs(runs: list[Any]) -> list[dict[str, Any]]:
     return [sharded_run(*run) for run in runs]
 
 
@@ -151,6 +155,14 @@ def test_every_model_trains_as_torch_trains_it_to_the_same_bits(ranks, world_siz
     if runs:
         for answers in ranks(world_size).run(sharded_runs, runs):
             check(runs, answers)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's, of checkpoints in checkpoints
+def test_joined_blocks_train_to_the_same_bits(ranks):
+    runs = [(name, 3, True) for name, entry in ZOO.items() if entry.units == "blocks.*"]
+    for answers in ranks(2).run(sharded_runs, runs):
+        check([run[:2] for run in runs], answers)
+        assert sum(answer["units"] == 2 for answer in answers) > 0.9 * len(runs)
 
 
 def test_torchs_own_data_parallelism_trains_them_alike(ranks):
