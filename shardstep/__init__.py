@@ -27,7 +27,7 @@ from shardstep.errors import (
 )
 from shardstep.optim.define import rule
 from shardstep.rules import inline, state, zeros
-from shardstep.sharding import LossScaler, MicroBatch, Sharded, digest, gathered, partitioned, shard
+from shardstep.sharding import LossScaler, MicroBatch, Sharded, digest, gathered, megatron, partitioned, shard
 
 __all__ = [
     "ArgumentTypeError",
@@ -51,6 +51,7 @@ __all__ = [
     "digest",
     "gathered",
     "inline",
+    "megatron",
     "optim",
     "partitioned",
     "rule",

@@ -140,8 +140,13 @@ def resolve_stage(stage: StageChoice, name: str, module: nn.Module) -> Stage:
     return Stage.numbered(stage(name, module) if callable(stage) else stage, where)
 
 
-def checked_schedule(schedule: str | None, stages: Mapping[str, Stage]) -> Schedule:
+def checked_schedule(schedule: str | None, stages: Mapping[str, Stage], overlap_grad_reduce: bool) -> Schedule:
     """The schedule to use; ``None`` is per leaf, which every stage and every number of leaves allows."""
+    if not overlap_grad_reduce and schedule != "per step":
+        raise ConfigError(
+            f"expected schedule='per step' with overlap_grad_reduce=False, got schedule={schedule!r}: gradients that "
+            f"stay where they are until optimizer.step() must be added up there"
+        )
     if schedule is None or schedule == "per leaf":
         return "per leaf"
     if schedule != "per step":

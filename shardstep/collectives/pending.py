@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from shardstep.errors import CollectiveError
+
 if TYPE_CHECKING:
     from shardstep.collectives.group import Group
 
@@ -27,17 +29,26 @@ class Traffic:
 
 
 class Pending:
-    """An asynchronous collective. ``wait()`` returns when its memory may be read, written and freed."""
+    """An asynchronous collective. ``wait()`` returns when its memory may be read, written and freed; where it has
+    raised, it raises again.
+    """
 
     def __init__(self, works: Sequence[Any], label: str, group: "Group") -> None:
         self._works = works
         self._label = label
         self._group = group
+        self._lost: CollectiveError | None = None
 
     def wait(self) -> None:
+        if self._lost is not None:
+            raise self._lost
         if self._works:
             works, self._works = self._works, ()
-            self._group.wait(works, self._label)
+            try:
+                self._group.wait(works, self._label)
+            except CollectiveError as error:
+                self._lost = error
+                raise
 
     def forget(self) -> None:
         """Let go of it, arrived or not."""

@@ -9,6 +9,8 @@
     averages   where averages of parameters lie            statistics  BatchNorm's, over the ranks' micro-batches
     loans      shards that peers may take at any time      ownership  whole tensors, for products of matrices
     states     optimizer state, out and in again           handle     what shard() returns
+    arriving   parameters that a step has left on their way  ranges   which part of them a rank owns
+    presets    named choices of shard's arguments
     scaler     the scale of the loss                       nested     tensors in what modules take and return
     access     full tensors by name                        casts      where precisions meet
     construction, cut  models cut while they are built     materialise  models on the meta device
@@ -20,8 +22,9 @@ This room never mentions a particular optimizer.
 from shardstep.sharding.batches import MicroBatch
 from shardstep.sharding.construction import partitioned
 from shardstep.sharding.handle import Sharded
+from shardstep.sharding.presets import megatron
 from shardstep.sharding.scaler import LossScaler
 from shardstep.sharding.shard import shard
 from shardstep.sharding.whole import digest, gathered
 
-__all__ = ["LossScaler", "MicroBatch", "Sharded", "digest", "gathered", "partitioned", "shard"]
+__all__ = ["LossScaler", "MicroBatch", "Sharded", "digest", "gathered", "megatron", "partitioned", "shard"]

@@ -50,6 +50,7 @@ class Access:
         check_writable([space], f"set_full_param({name!r})")
         self._begin(Act.WRITE_NAMED, ["param", name])
         own, given = _cut(space, index, space.owned)
+        space.arrive()
         space.master[own] = self._from_rank_0(values, space.master, name).view(-1)[given]
         space.values[own] = space.master[own]
         space.free()

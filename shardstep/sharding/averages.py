@@ -120,6 +120,7 @@ class ShardedAverages:
         self._swapped = not self._swapped
         try:
             for space in self._spaces:
+                space.arrive()
                 space.free()
         finally:
             with torch.no_grad():

@@ -5,7 +5,8 @@ Persistent bytes follow from the stages alone. What is in flight follows from th
 last; the exchanges of one unit are on their way at a time. Exact when every parameter gets a gradient, each unit's
 leaf is complete before the unit before it begins, a unit of several spaces gets its gradients in the reverse of the
 order in which its parameters are registered, and under the schedule per step the last micro-batch is known
-(`micro_batches` says so; a loop of one's own sends everything in `step()`). Nothing here allocates.
+(`micro_batches` says so; a loop of one's own sends everything in `step()`, as any does without `overlap_grad_reduce`).
+Nothing here allocates.
 """
 
 from collections.abc import Iterator
@@ -53,6 +54,7 @@ class Formula:
     prefetch: int
     schedule: Schedule
     rank: int
+    overlap_grad_reduce: bool
     averages: int = 0
 
     def unsharded(self) -> "Formula":
@@ -137,7 +139,8 @@ class Formula:
         spaces = [[_Leaves(space, self, ledger) for space in unit if space.trained] for unit in self.units]
         root, rest = spaces[0], [unit[::-1] for unit in spaces[1:] if unit]
         for leaf in range(self.own_leaves):
-            sends = self.schedule == "per leaf" or leaf == self.own_leaves - 1
+            last = leaf == self.own_leaves - 1
+            sends = self.schedule == "per leaf" or (self.overlap_grad_reduce and last)
             flying: list[_Leaves] = []
             for unit in [*reversed(rest), root]:
                 landing, flying = flying, []
@@ -152,6 +155,9 @@ class Formula:
                 flying = landing + flying
             for leaves in flying:
                 leaves.land()
+            ledger.drop_spare()
+        if not self.overlap_grad_reduce:
+            _send_at_once([*reversed(rest), root])
             ledger.drop_spare()
         for unit in spaces:
             for leaves in unit:
@@ -264,6 +270,19 @@ class _Leaves:
 
     def _take(self, numel: int, dtype: torch.dtype) -> Tensor:
         return self._ledger.take("gradients", numel, dtype)
+
+
+def _send_at_once(units: list[list[_Leaves]]) -> None:
+    """What the step sends, unit by unit, each before the one before it has landed."""
+    flying: list[_Leaves] = []
+    for unit in units:
+        for leaves in flying:
+            leaves.land()
+        for leaves in unit:
+            leaves.launch()
+        flying = unit
+    for leaves in flying:
+        leaves.land()
 
 
 def _closed(root: list[_Leaves]) -> Iterator[_Leaves]:

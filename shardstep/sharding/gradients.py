@@ -47,7 +47,9 @@ class Gradients:
         schedule: Schedule,
         agreement: Agreement,
         scaling: Scaling | None,
+        overlaps: bool,
     ) -> None:
+        """``overlaps``: whether the schedule per step sends during the last backward pass, where that is known."""
         self.schedule, self.scaling = schedule, scaling
         self.leaves = 0
         """Backward passes that this rank has finished since the last step."""
@@ -63,6 +65,7 @@ class Gradients:
         self._spent = self._mixed = self._broken = self._arrived = False
         self._group, self._ledger, self._agreement = group, ledger, agreement
         self._expected_leaves: int | None = None
+        self._overlaps = overlaps
         self._open: set[int] = set()
         self._turn = 0
         self._flights: list[_Flight] = []
@@ -79,7 +82,7 @@ class Gradients:
 
     def expect(self, leaves: int) -> None:
         """This rank's leaves of the step that begins: the schedule per step then sends with the last one."""
-        self._expected_leaves = leaves
+        self._expected_leaves = leaves if self._overlaps else None
 
     def begin_backward(self) -> None:
         """Open the next leaf."""

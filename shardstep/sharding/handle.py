@@ -16,6 +16,7 @@ from shardstep.sharding.formula import Formula
 from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.hooks import Hooks
 from shardstep.sharding.memory import Bytes, Ledger
+from shardstep.sharding.ranges import Ranges, ranges_of
 from shardstep.sharding.step import Step
 from shardstep.sharding.unit import Unit
 
@@ -109,6 +110,10 @@ class Sharded:
         averages = max(len(space.averages) for unit in self._units for space in unit.spaces)
         formula = replace(self._formula(max(1, self._gradients.most_leaves)), averages=averages)
         return ByteReport(self._ledger.peak, formula.peak(), formula.unsharded().peak())
+
+    def ranges(self, rank: int | None = None) -> Ranges:
+        """Which part of each parameter ``rank`` owns (by default this one): print it, or iterate over it."""
+        return ranges_of(self._units, self.rank if rank is None else rank, self.world_size)
 
     def full_param(self, name: str) -> Tensor:
         """The whole parameter of that name, a copy: its master, if it has one. Every rank calls it, as all of these."""

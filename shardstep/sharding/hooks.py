@@ -266,7 +266,8 @@ class Hooks:
 
     def _gather(self, order: int, ahead: Iterable[int], direction: str) -> None:
         wanted = [order, *self._calls.needs[order]]
-        if not any(_communicates(self._units[other]) for other in (*wanted, *ahead)):
+        awaits = any(self._units[other].is_arriving for other in wanted)
+        if not awaits and not any(_communicates(self._units[other]) for other in (*wanted, *ahead)):
             return
         phase = f"{direction} of step {self._gradients.step}"
         try:

@@ -57,6 +57,8 @@ def shard(
     clip_value: float | None = None,
     loss_scale: LossScaler | float | None = None,
     schedule: str | None = None,
+    overlap_grad_reduce: bool = True,
+    overlap_param_gather: bool = False,
     prefetch: int = 1,
     trace_nonfinite: bool = False,
     weights: str | Path | None = None,
@@ -76,6 +78,9 @@ def shard(
     ``loss_scale``: a LossScaler or a power of two, for parameters in float16: what goes back through the model's
     outputs is multiplied by it, low-precision outputs are returned in float32, steps that overflow are left out.
     ``schedule``: 'per leaf' (default) or 'per step' (stages 0 and 1). ``prefetch``: units gathered ahead.
+    ``overlap_grad_reduce``: False has the schedule per step exchange gradients in optimizer.step(), and not earlier.
+    ``overlap_param_gather``: at stages 1 and 2, optimizer.step() leaves updated parameters on their way; each unit's
+    next forward waits for its own, and so does whatever else reads or writes them.
     ``trace_nonfinite``: a step that makes an infinity or NaN raises NonFiniteUpdateError, which names the parameter,
     the element, the rank and the line of the rule; for debugging, since it copies what is updated.
     ``weights``: a .safetensors file, an index of several, or a folder with either, to begin with instead of what the
@@ -87,19 +92,22 @@ def shard(
     OwnershipError or RankMismatchError before anything is changed.
     """
     _check_arguments(model, optimizer, clip_norm, clip_value, prefetch, debug)
+    _check_flags(overlap_grad_reduce=overlap_grad_reduce, overlap_param_gather=overlap_param_gather)
     scaler = scaler_of(loss_scale)
     device = _one_device(model)
     check_meta(model, weights is not None)
     _check_ownership(model, optimizer)
     precisions = Precisions(model, precision)
     plans = plan_units(model, units, stage, precisions.of, optimizer.rule_of)
-    schedule_ = checked_schedule(schedule, {plan.name: plan.stage for plan in plans})
+    schedule_ = checked_schedule(schedule, {plan.name: plan.stage for plan in plans}, overlap_grad_reduce)
     ranks = Group(group, checked=debug == "collectives")
     cut = check_cut(model, ranks)
     file = None if weights is None else FromFile(weights, model, ranks)
     buffers = Buffers(model, ranks)
     options = {
         "schedule": schedule_,
+        "overlap_grad_reduce": overlap_grad_reduce,
+        "overlap_param_gather": overlap_param_gather,
         "clip_norm": clip_norm,
         "clip_value": clip_value,
         "clipping by the optimizer": optimizer.clip is not None,
@@ -123,7 +131,7 @@ def shard(
     flags = sum(len(space.parameters) for space in trained) + len(buffers.owners)
     agreement = Agreement(ranks, max(flags, 0 if scaler is None else 1 + FLAGS), _lend(built, ranks))
     scaling = None if scaler is None else Scaling(scaler)
-    gradients = Gradients(trained, ranks, ledger, schedule_, agreement, scaling)
+    gradients = Gradients(trained, ranks, ledger, schedule_, agreement, scaling, overlap_grad_reduce)
     trace = NonFiniteTrace(optimizer, ranks) if trace_nonfinite else None
     by_norm = optimizer.clip if clip_norm is None else partial(clip_coefficient, clip_norm=clip_norm)
     clipping = Clipping(by_norm, clip_value)
@@ -132,7 +140,19 @@ def shard(
     attached, whereabouts = Attached(model, built), ranks.whereabouts
     hooks = Hooks(built, gradients, agreement, attached, prefetch, input_dtype, scaling, whereabouts)
     unfreezing = Unfreezing(built, gradients, agreement, hooks, ranks)
-    step = Step(optimizer, trained, gradients, agreement, buffers, clipping, trace, unfreezing, ranks, ledger)
+    step = Step(
+        optimizer,
+        trained,
+        gradients,
+        agreement,
+        buffers,
+        clipping,
+        trace,
+        unfreezing,
+        ranks,
+        ledger,
+        overlap_param_gather,
+    )
     whole = Whole(model, built, gradients, agreement, ranks)
     for _, module in named_modules(model):
         setattr(module, ATTRIBUTE, whole)
@@ -142,7 +162,7 @@ def shard(
 
     def formula(own_leaves: int) -> Formula:
         sizes = [[_size(space, optimizer, order) for space in unit.spaces] for unit in built]
-        return Formula(sizes, ranks.size, own_leaves, prefetch, schedule_, ranks.rank)
+        return Formula(sizes, ranks.size, own_leaves, prefetch, schedule_, ranks.rank, overlap_grad_reduce)
 
     access = Access(model, built, gradients, agreement, ranks)
     return Sharded(built, ranks, ledger, gradients, step, formula, seeds(model), hooks, access)
@@ -219,6 +239,12 @@ def _check_arguments(
         raise ConfigError(f"expected prefetch to be 0 or a positive number of units, got {prefetch!r}")
     if debug not in (None, "collectives"):
         raise ConfigError(f"expected debug to be 'collectives' or None, got {debug!r}")
+
+
+def _check_flags(**flags: object) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ConfigError(f"expected {name} to be True or False, got {flag!r}")
 
 
 def _one_device(model: nn.Module) -> torch.device:

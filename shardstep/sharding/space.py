@@ -30,6 +30,7 @@ from shardstep.layout import Layout, Slot
 from shardstep.optim.states import begin
 from shardstep.rules.binding import scales_among, stored_arrays
 from shardstep.rules.ir import State
+from shardstep.sharding.arriving import ArrivingParameter
 from shardstep.sharding.first_values import Source, put
 from shardstep.sharding.freed import FreedParameter
 from shardstep.sharding.loans import Loan
@@ -73,12 +74,14 @@ class Space:
         self.declared: tuple[State, ...] = ()
         """The states in ``state``."""
         self.is_whole = True
+        self.is_arriving = False
+        """Whether a step has left new parameters on their way."""
         self.held = 0
         """How many ``gathered`` blocks keep the parameters whole."""
         self.exchanged = False
         """Whether the parameters have changed places with an average."""
         self._group, self._ledger = group, ledger
-        self._freed_class = FreedParameter.of(self)
+        self._freed_class, self._arriving_class = FreedParameter.of(self), ArrivingParameter.of(self)
         self.late: Callable[[], bool] = _never
         """What gathers the parameters when a forward uses them while they are freed."""
         self.loan: Loan | None = None
@@ -181,7 +184,7 @@ class Space:
         self._gathering = None
         if self.loan is not None:
             self.loan.arrived()
-        self.is_whole = True
+        self.is_whole, self.is_arriving = True, False
         for parameter, whole_class in zip(self.parameters, self._classes, strict=True):
             parameter.__class__ = whole_class
 
@@ -217,6 +220,17 @@ class Space:
             return None
         label = f"gather of {self.where} for {phase}"
         return self._group.all_gather(self.flat, self.shard, tag=2 * self.tag, label=label)
+
+    def arrive_later(self, published: Pending) -> None:
+        """Let whoever needs the parameters wait for what is published, instead of the caller."""
+        self._gathering, self.is_whole, self.is_arriving = published, False, True
+        for parameter in self.parameters:
+            parameter.__class__ = self._arriving_class
+
+    def arrive(self) -> None:
+        """Wait for what a step has left on its way, and until every peer has this rank's shard."""
+        if self.is_arriving:
+            self.finish_gather()
 
     def keep_writes(self) -> None:
         """Take over values that the user wrote into the whole parameters, where they differ."""
@@ -374,6 +388,7 @@ class Space:
 
     def whole(self, run: Tensor, label: str) -> Tensor:
         """The whole flat space of which ``run`` is what this rank owns (values, master or an array of a state)."""
+        self.arrive()
         if self.values.numel() == self.padded_numel:
             return run
         flat = torch.empty(run.numel() * self._group.size, dtype=run.dtype, device=run.device)

@@ -42,7 +42,9 @@ class Step:
         unfreezing: Unfreezing,
         group: Group,
         ledger: Ledger,
+        overlaps: bool,
     ) -> None:
+        """``overlaps``: whether updated parameters are left on their way when the step is done."""
         self.grad_norm: float | None = None
         """The norm of the last step's mean gradient, before clipping; None when nothing clips."""
         self.skipped = 0
@@ -51,6 +53,7 @@ class Step:
         self._optimizer, self._spaces, self._gradients = optimizer, spaces, gradients
         self._agreement, self._buffers, self._clipping = agreement, buffers, clipping
         self._trace, self._unfreezing, self._group, self._ledger = trace, unfreezing, group, ledger
+        self._overlaps = overlaps
         self._rules = {space.tag: optimizer.rule_of(space.parameters[0]) for space in spaces}
 
     # - FlatSource
@@ -97,6 +100,7 @@ class Step:
         for space in self._spaces:
             counted = zip(space.parameters, space.steps, strict=True)
             keys = [(groups[id(parameter)], steps) if steps else None for parameter, steps in counted]
+            space.arrive()
             yield [
                 (space.parameters[run.index], segment_of(space, space.master, run, 1.0))
                 for run in tensors_of(space, keys)
@@ -175,6 +179,7 @@ class Step:
     def _cut(self, update: SpaceUpdate, runs: Iterator[Run]) -> None:
         """Make the segments of an update."""
         values = update.wait()
+        update.space.arrive()  # if no forward has used it: peers may still be taking what is about to be overwritten
         update.segments = [
             segment_of(update.space, values, run, update.scale * self._optimizer.grad_sign(run.group)) for run in runs
         ]
@@ -190,7 +195,12 @@ class Step:
             self._trace.look(space, update.segments)
         if update.gradient is not None and update.gradient.taken:
             self._ledger.give("gradients", update.gradient.values)
-        return self._publish(space, f"publishing step {self._gradients.step}")
+        publishing = self._publish(space, f"publishing step {self._gradients.step}")
+        if not self._overlaps:
+            return publishing
+        for published in publishing:
+            space.arrive_later(published)
+        return []
 
     def _publish(self, space: Space, phase: str) -> list[Pending]:
         """Begin to send what this rank has changed to those that keep the parameters whole."""

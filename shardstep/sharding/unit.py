@@ -19,6 +19,11 @@ class Unit:
         return any(space.communicates and space.is_whole for space in self.spaces)
 
     @property
+    def is_arriving(self) -> bool:
+        """Whether a step has left any of its parameters on their way."""
+        return any(space.is_arriving for space in self.spaces)
+
+    @property
     def where(self) -> str:
         """How messages name it."""
         return f"unit {self.name!r}" if self.name else "the root unit"

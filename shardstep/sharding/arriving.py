@@ -1,0 +1,59 @@
+"""What a parameter is while the values that a step has made are still on their way (``overlap_param_gather=True``).
+
+As in `freed`, swapping the class is what makes a read noticed: whoever needs the values, or writes them, waits for
+those of the whole space first, and from then on it is an ordinary ``nn.Parameter`` again. Every rank has posted its
+messages before it leaves ``optimizer.step()``, so waiting is each rank's own affair: nothing is agreed on here, and
+nothing is sent. What was taken from a parameter before the step, such as ``p.data``, waits for nothing.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from shardstep.sharding.freed import WITHOUT_VALUES, called_name
+
+_WITHOUT_VALUES = WITHOUT_VALUES - {"untyped_storage"}
+"""A freed parameter's storage is empty; that of an arriving one has bytes, old and new ones."""
+
+
+class Home(Protocol):
+    """The flat space that a parameter belongs to."""
+
+    def arrive(self) -> None:
+        """Wait until the parameters are whole, and let them be ordinary ones."""
+        ...
+
+
+class ArrivingParameter(nn.Parameter):
+    """A parameter whose new values are on their way to this rank."""
+
+    home: Home
+
+    @classmethod
+    def of(cls, home: Home) -> type["ArrivingParameter"]:
+        """The class of the arriving parameters of one flat space."""
+        return type(cls.__name__, (cls,), {"home": home})
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if called_name(func) in _WITHOUT_VALUES:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        for kind in types:
+            if issubclass(kind, ArrivingParameter):
+                kind.home.arrive()
+        return func(*args, **(kwargs or {}))
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        self.home.arrive()
+        copied: Tensor = copy.deepcopy(self, memo)  # the parameter is an ordinary one now
+        return copied
