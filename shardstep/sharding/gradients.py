@@ -82,7 +82,7 @@ class Gradients:
 
     def expect(self, leaves: int) -> None:
         """This rank's leaves of the step that begins: the schedule per step then sends with the last one."""
-        self._expected_leaves = leaves if self._overlaps else None
+        self._expected_leaves = leaves
 
     def begin_backward(self) -> None:
         """Open the next leaf."""
@@ -270,7 +270,7 @@ class Gradients:
     def _complete(self, space: Space) -> None:
         self._open.discard(space.tag)
         space.close_leaf()
-        if self.schedule == "per step" and self._expected_leaves != self.leaves + 1:
+        if self.schedule == "per step" and not (self._overlaps and self._expected_leaves == self.leaves + 1):
             return
         while self._turn < len(self._turns) and self._turns[self._turn].tag not in self._open:
             self._launch(self._turns[self._turn])

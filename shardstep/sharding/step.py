@@ -26,6 +26,9 @@ from shardstep.sharding.unfreezing import Unfreezing
 from shardstep.sharding.updates import Gradient, Run, SpaceUpdate, joined, neighbours, segment_of, tensors_of
 from shardstep.types import Batch, Segment, Whole
 
+Publishing = list[tuple[Space, Pending]]
+"""What is being published."""
+
 
 class Step:
     """The flat shards of a model, as its optimizer updates them."""
@@ -64,7 +67,7 @@ class Step:
         """
         check_writable(self._spaces, "optimizer.step()")
         updates = self._begin()
-        publishing: list[Pending] = []
+        publishing: Publishing = []
         single = [update for update in updates if update.rule not in whole]
         if single:
             single[0].gradient = self._gradient(single[0].space)
@@ -96,7 +99,7 @@ class Step:
         """What this rank owns of each parameter that has been updated, space by space; published as after a step."""
         check_writable(self._spaces, f"optimizer.{call}")
         self._announce(Act.TRAIN if call == "train()" else Act.EVALUATE)
-        groups, publishing = self._group_of_each(), list[Pending]()
+        groups, publishing = self._group_of_each(), Publishing()
         for space in self._spaces:
             counted = zip(space.parameters, space.steps, strict=True)
             keys = [(groups[id(parameter)], steps) if steps else None for parameter, steps in counted]
@@ -107,8 +110,8 @@ class Step:
                 if run.index is not None
             ]
             publishing += self._publish(space, f"publishing what optimizer.{call} made")
-        for pending in publishing:
-            pending.wait()
+        for _, published in publishing:
+            published.wait()
 
     def include(self, parameters: Sequence[nn.Parameter]) -> None:
         """Train parameters of the model that were frozen so far. Collective."""
@@ -138,8 +141,8 @@ class Step:
                     whole[slot.offset : slot.end].view(slot.shape).copy_(values[parameter])
             space.master.copy_(whole[space.owned])
             space.values.copy_(space.master)
-            for pending in self._publish(space, "writing parameters"):
-                pending.wait()
+            for _, published in self._publish(space, "writing parameters"):
+                published.wait()
 
     # - the parts of a step
 
@@ -186,7 +189,7 @@ class Step:
         if self._trace is not None:
             self._trace.remember(update.space, update.segments)
 
-    def _finish(self, update: SpaceUpdate) -> list[Pending]:
+    def _finish(self, update: SpaceUpdate) -> Publishing:
         """Count steps, give back what an update needed, and begin to publish what it made."""
         space = update.space
         for index in space.touched:
@@ -195,22 +198,20 @@ class Step:
             self._trace.look(space, update.segments)
         if update.gradient is not None and update.gradient.taken:
             self._ledger.give("gradients", update.gradient.values)
-        publishing = self._publish(space, f"publishing step {self._gradients.step}")
-        if not self._overlaps:
-            return publishing
-        for published in publishing:
-            space.arrive_later(published)
-        return []
+        return self._publish(space, f"publishing step {self._gradients.step}")
 
-    def _publish(self, space: Space, phase: str) -> list[Pending]:
+    def _publish(self, space: Space, phase: str) -> Publishing:
         """Begin to send what this rank has changed to those that keep the parameters whole."""
         space.free()  # whole from a forward without a backward, and no longer what the shards hold
         published = space.publish(phase)
-        return [] if published is None else [published]
+        return [] if published is None else [(space, published)]
 
-    def _end(self, publishing: list[Pending]) -> None:
-        for pending in publishing:
-            pending.wait()
+    def _end(self, publishing: Publishing) -> None:
+        for space, published in publishing:
+            if self._overlaps:
+                space.arrive_later(published)
+            else:
+                published.wait()
         self._buffers.follow_rank_0()
         self._gradients.spend()
         self._group.whereabouts.at("before its first forward", "", self._gradients.step)
