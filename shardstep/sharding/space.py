@@ -388,7 +388,7 @@ class Space:
 
     def whole(self, run: Tensor, label: str) -> Tensor:
         """The whole flat space of which ``run`` is what this rank owns (values, master or an array of a state)."""
-        self.arrive()
+        self.arrive()  # one message with this tag at a time
         if self.values.numel() == self.padded_numel:
             return run
         flat = torch.empty(run.numel() * self._group.size, dtype=run.dtype, device=run.device)

@@ -21,12 +21,13 @@ from torch.nn.utils import parameters_to_vector
 import shardstep as ss
 from shardstep.errors import CollectiveError
 from shardstep.sharding import step as step_module
+from shardstep.sharding.access import Access
 from shardstep.sharding.arriving import ArrivingParameter
 from shardstep.sharding.space import Space
 from tests.conftest import RankFailed
 from tests.sharding import test_disagreement
 from tests.sharding.test_disagreement import quick
-from tests.sharding.test_skipping import LEAVES, PATHS, Paths, batch
+from tests.sharding.test_skipping import LEAVES, Paths, batch
 
 WIDTH = 48
 SECONDS = 5.0
@@ -257,7 +258,7 @@ def no_early_segment() -> Iterator[None]:
 
 
 def digest_of_paths(overlaps: bool) -> str:
-    """Units that some ranks leave out; no shard is written while peers may still be taking it."""
+    """Rank 0 leaves out unit '1', and updates its part of it; so does rank 1 with unit '0'."""
     torch.manual_seed(5)
     model = Paths()
     optimizer = ss.optim.AdamW(model.parameters(), lr=0.01)
@@ -266,7 +267,7 @@ def digest_of_paths(overlaps: bool) -> str:
     with no_early_segment():
         for step in range(3):
             for leaf in range(sharded.rank, LEAVES, sharded.world_size):
-                model(batch(step, leaf), *PATHS[2]).backward()
+                model(batch(step, leaf), (leaf % 2,), 3).backward()
             left += sum(unit.is_arriving for unit in sharded._units)
             optimizer.step()
             optimizer.zero_grad()
@@ -277,6 +278,38 @@ def digest_of_paths(overlaps: bool) -> str:
 def test_a_shard_is_not_updated_while_peers_take_it(ranks):
     wanted = digest_of_paths(False)
     assert ranks(2).run(digest_of_paths, True) == [wanted] * 2
+
+
+def writers_that_wait() -> list[list[str]]:
+    """The units on their way when averages change places with parameters, and when new values are written by name."""
+    run = Run(stage=1, overlap_param_gather=True)
+    average = ss.Average(run.model, decay=0.5)
+    arriving = []
+
+    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+        def first(*arguments: Any) -> Any:
+            arriving.append(run.arriving())
+            return call(*arguments)
+
+        return first
+
+    with pytest.MonkeyPatch.context() as patched:
+        for owner, name in ((Space, "exchange"), (Access, "_from_rank_0")):
+            patched.setattr(owner, name, watched(getattr(owner, name)))
+        run.step()
+        average.update()
+        with average.applied():
+            pass
+        run.step()
+        run.sharded.set_full_param("1.weight", torch.ones(WIDTH, WIDTH))
+        run.sharded.full_param("0.weight")
+        arriving.append(run.arriving())
+    return arriving
+
+
+def test_nobody_else_writes_what_peers_take(ranks):
+    for arriving in ranks(2).run(writers_that_wait):
+        assert arriving == [[]] * 6 + [["0", "2"], ["2"]]
 
 
 def moved_between_steps(overlaps: bool) -> str:
