@@ -19,9 +19,9 @@ class Unit:
         return any(space.communicates and space.is_whole for space in self.spaces)
 
     @property
-    def is_arriving(self) -> bool:
-        """Whether a step has left any of its parameters on their way."""
-        return any(space.is_arriving for space in self.spaces)
+    def is_freed(self) -> bool:
+        """Whether some of the parameters are not whole, or still on their way."""
+        return any(not space.is_whole for space in self.spaces)
 
     @property
     def where(self) -> str:

@@ -56,7 +56,7 @@ class Run:
         return self.model[2].weight
 
     def arriving(self) -> list[str]:
-        return [unit.name for unit in self.sharded._units if unit.is_arriving]
+        return [unit.name for unit in self.sharded._units if any(space.is_arriving for space in unit.spaces)]
 
 
 @contextmanager
@@ -268,7 +268,7 @@ def digest_of_paths(overlaps: bool) -> str:
         for step in range(3):
             for leaf in range(sharded.rank, LEAVES, sharded.world_size):
                 model(batch(step, leaf), (leaf % 2,), 3).backward()
-            left += sum(unit.is_arriving for unit in sharded._units)
+            left += sum(unit.is_freed for unit in sharded._units)
             optimizer.step()
             optimizer.zero_grad()
     assert (left > 0) == overlaps
