@@ -171,6 +171,11 @@ class Group:
         """Note that what was lent has been taken."""
         self._count(sent_bytes)
 
+    def leave(self, pending: Pending) -> None:
+        """Let training end when ``pending`` is done, and not before, if nobody has waited for it until then."""
+        if self.size > 1:
+            self._watch.outstanding.add(pending)
+
     def reserve_tags(self, count: int) -> None:
         """Let messages of this model have tags 0 to ``count``, which are no other's; all ranks do so in one order."""
         if self.size > 1:

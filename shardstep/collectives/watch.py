@@ -19,11 +19,13 @@ import os
 import queue
 import threading
 import time
+import weakref
 from contextlib import suppress
 from dataclasses import dataclass
 
 from shardstep.collectives.heard import STALL_S, Heard, Wait
 from shardstep.collectives.news import Message, blank, packed, shortened, unpacked
+from shardstep.collectives.pending import Pending
 from shardstep.collectives.records import Records
 from shardstep.collectives.whereabouts import Whereabouts
 from shardstep.collectives.wire import Wire
@@ -51,6 +53,8 @@ class Watch:
         self.cause: Cause | None = None
         self.waiting: Wait | None = None
         self.models: dict[int, Records] = {}
+        self.outstanding: weakref.WeakSet[Pending] = weakref.WeakSet()
+        """What peers must have from this rank before it says goodbye."""
         self.whereabouts.raised = self._tell_raised
         self._pid = os.getpid()
         self._timeout_s = wire.timeout.total_seconds()
@@ -108,6 +112,11 @@ class Watch:
         """Say goodbye and end the threads."""
         if os.getpid() != self._pid or self._closing:
             return
+        for pending in list(self.outstanding):
+            if self.cause is None:
+                with suppress(CollectiveError):
+                    pending.wait()
+            pending.forget()
         self._closing = True
         if self.cause is None:
             place, _ = self.whereabouts.told()

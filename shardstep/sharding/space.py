@@ -224,6 +224,7 @@ class Space:
     def arrive_later(self, published: Pending) -> None:
         """Let whoever needs the parameters wait for what is published, instead of the caller."""
         self._gathering, self.is_whole, self.is_arriving = published, False, True
+        self._group.leave(published)
         for parameter in self.parameters:
             parameter.__class__ = self._arriving_class
 

@@ -20,6 +20,7 @@ from torch.nn.utils import parameters_to_vector
 
 import shardstep as ss
 from shardstep.errors import CollectiveError
+from shardstep.launch import run_local
 from shardstep.sharding import step as step_module
 from shardstep.sharding.access import Access
 from shardstep.sharding.arriving import ArrivingParameter
@@ -355,6 +356,24 @@ def test_a_rank_that_raises_while_parameters_are_on_their_way(ranks):
     )
     assert re.match(sentence, other[1]), other
     assert other[2] < SECONDS
+
+
+def end_after_a_step() -> None:
+    """Rank 0 ends when its step is done; rank 1 is slow to begin to publish, and evaluates what it has got."""
+    run = Run(stage=1, overlap_param_gather=True)
+    run.backward()
+    publish = Space.publish
+    with pytest.MonkeyPatch.context() as patched:
+        if run.sharded.rank == 1:
+            patched.setattr(Space, "publish", lambda *arguments: time.sleep(0.5) or publish(*arguments))
+        run.optimizer.step()
+    if run.sharded.rank == 1:
+        with torch.no_grad():
+            run.model(run.x)
+
+
+def test_a_rank_whose_training_ends_leaves_when_its_peers_have_its_parameters():
+    run_local(end_after_a_step, 2)
 
 
 def died_on_the_way() -> None:
