@@ -273,7 +273,7 @@ class _Leaves:
 
 
 def _send_at_once(units: list[list[_Leaves]]) -> None:
-    """What the step sends, unit by unit, each before the one before it has landed."""
+    """What the step sends, unit by unit; each when the one before it has landed."""
     flying: list[_Leaves] = []
     for unit in units:
         for leaves in flying:
