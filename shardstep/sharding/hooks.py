@@ -21,6 +21,7 @@ from shardstep.errors import CollectiveError
 from shardstep.sharding.agreement import Act, Agreement
 from shardstep.sharding.attached import Attached
 from shardstep.sharding.calls import Call, Calls, Live
+from shardstep.sharding.early import EarlyUpdates
 from shardstep.sharding.entrances import After, Before, rest_of_root
 from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.outputs import tensors_at, tensors_in, written_attributes
@@ -122,6 +123,8 @@ class Hooks:
         self._attached.check()
         if any(map(_communicates, self._units)):
             self._agreement.announce(Act.FORWARD, self._gradients.step, self._gradients.leaves)
+        else:
+            self._agreement.check(Act.FORWARD)
 
     def after_forward(self, module: nn.Module, output: Any) -> Any:
         """What the module returns instead; None for what it has returned."""
@@ -226,6 +229,8 @@ class Hooks:
             task = torch._C._current_graph_task_id()
             for order in self._live.take_done(call, task, needed | self._pinned):
                 self._units[order].free()
+                if self._gradients.early is not None:
+                    self._gradients.early.done(self._units[order].spaces)
 
     def _arrival(self, order: int, space: Space, index: int) -> Callable[[Tensor], None]:
         gradients = self._gradients
@@ -240,10 +245,16 @@ class Hooks:
 
     def _enter_backward(self) -> None:
         if not self._gradients.in_backward:
-            self._gradients.begin_backward()
+            self._gradients.begin_backward(self._repeated())
             self._differentiable, self._task = False, torch._C._current_graph_task_id()
             self._live.begin_pass([order for order, unit in enumerate(self._units) if unit.is_whole])
             Variable._execution_engine.queue_callback(self._after_backward)
+
+    def _repeated(self) -> set[int]:
+        """The tags of spaces that may be needed again after all their gradients have arrived; all, if graphs stay."""
+        keeps_graph = self._kept or torch._C._autograd._get_current_graph_task_keep_graph()
+        repeated = range(len(self._units)) if keeps_graph else self._calls.repeated
+        return {space.tag for order in repeated for space in self._units[order].spaces}
 
     def _after_backward(self) -> None:
         self._gradients.end_backward()
@@ -266,6 +277,8 @@ class Hooks:
 
     def _gather(self, order: int, ahead: Iterable[int], direction: str) -> None:
         wanted = [order, *self._calls.needs[order]]
+        if self._gradients.early is not None and self._gradients.in_backward:
+            ahead = self._check_use(self._gradients.early, wanted, ahead)
         if not any(_communicates(self._units[other]) for other in (*wanted, *ahead)):
             return
         phase = f"{direction} of step {self._gradients.step}"
@@ -282,6 +295,12 @@ class Hooks:
             raise
         if self._gradients.in_backward:
             self._live.add([*wanted, *ahead])
+
+    def _check_use(self, early: EarlyUpdates, wanted: Iterable[int], ahead: Iterable[int]) -> list[int]:
+        """What may still be gathered ahead. Raises if what is needed now may have been updated."""
+        for order in wanted:
+            early.check_use(self._units[order].spaces)
+        return [order for order in ahead if not early.is_given(self._units[order].spaces)]
 
 
 def begins_backward(order: int, units: int, prefetch: int) -> bool:
