@@ -119,7 +119,7 @@ def every_run() -> list[tuple[Any, dict[str, Any], int, int]]:
 
 
 def stack_run(kind: Callable[[nn.Module], Any], options: dict[str, Any], leaves: int) -> tuple[str, int, bool]:
-    """The digest of three steps, updates in backward, and whether the gradients' bytes are the formula's."""
+    """The digest of two steps, updates in backward, and whether the gradients' bytes are the formula's."""
     torch.manual_seed(2)
     model = Stack()
     optimizer = kind(model)
@@ -132,7 +132,7 @@ def stack_run(kind: Callable[[nn.Module], Any], options: dict[str, Any], leaves:
                 optimizer.step()
                 optimizer.zero_grad()
                 scheduler.step()
-                if micro.step == 2:
+                if micro.step == 1:
                     break
     return ss.digest(model, optimizer), len(early), sharded.bytes.peak == sharded.bytes.formula
 
@@ -150,10 +150,11 @@ def updated_in_step() -> list[str]:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_the_bits_are_those_of_step_and_the_bytes_those_of_the_formula(ranks, world_size):
-    runs = every_run()
+    some = slice(None, None, 3 if world_size == 4 else 1)
+    runs = every_run()[some]
     for results in ranks(world_size).run(stack_runs, runs):
-        assert [digest for digest, _, _ in results] == updated_in_step()
-        wanted = [3 * (3 if world_size == 1 else spaces) for _, _, _, spaces in runs]
+        assert [digest for digest, _, _ in results] == updated_in_step()[some]
+        wanted = [2 * (3 if world_size == 1 else spaces) for _, _, _, spaces in runs]
         assert [early for _, early, _ in results] == wanted
         assert all(exact for _, _, exact in results)
 
@@ -183,17 +184,17 @@ DETACHED = "parameters of other units, used without gradients"
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's, of checkpoints in checkpoints
-def test_every_model_of_the_zoo_keeps_its_bits(ranks):
-    names = [name for name, entry in ZOO.items() if entry.passes == 1]
-    runs = [(name, 3) for name in names]
-    runs += [(name, 1 + number % 2) for number, name in enumerate(names) if name != DETACHED]
-    results = ranks(2).run(zoo_runs, runs)
+@pytest.mark.parametrize(("world_size", "stage"), [(1, 2), (2, 3)])
+def test_every_model_of_the_zoo_keeps_its_bits(ranks, world_size, stage):
+    """Below stage 3 a rank can be harmed only by itself."""
+    names = [name for name, entry in ZOO.items() if entry.passes == 1 and (stage == 3 or name != DETACHED)]
+    results = ranks(world_size).run(zoo_runs, [(name, stage) for name in names])
     for answers in results:
-        assert not [run for run, (digest, _) in zip(runs, answers, strict=True) if digest != digest_of_one_rank(run[0])]
-    counts = {run: early for run, (_, early) in zip(runs, results[0], strict=True)}
-    checkpoints = [name for name in names if name.startswith("checkpoints") and "the model" not in name]
-    assert all(counts[name, 3] for name in ("plain", "evaluations in between", *checkpoints))
-    assert not any(counts[name, 3] for name in ("sum of two forwards", "gradient penalty"))
+        assert not [n for n, (digest, _) in zip(names, answers, strict=True) if digest != digest_of_one_rank(n)]
+    early = {name for name, (_, count) in zip(names, results[0], strict=True) if count}
+    checkpoints = {name for name in names if name.startswith("checkpoints") and "the model" not in name}
+    assert early >= {"plain", "in another order each time", "called several times", *checkpoints}
+    assert not early & {"sum of two forwards", "gradient penalty", "units that call themselves"}
 
 
 def paths_run(options: dict[str, Any]) -> tuple[str, list[str]]:
@@ -231,7 +232,7 @@ def slow_run(slow_rank: int | None) -> tuple[str, int, bool]:
 @pytest.mark.parametrize("slow_rank", [0, 1])
 def test_nobody_updates_what_a_slow_rank_is_yet_to_take(ranks, slow_rank):
     wanted = updated_in_step()[0]
-    assert ranks(2).run(slow_run, slow_rank) == [(wanted, 9, True)] * 2
+    assert ranks(2).run(slow_run, slow_rank) == [(wanted, 6, True)] * 2
 
 
 # - bytes
@@ -328,6 +329,17 @@ def test_the_pass_before_the_last_may_keep_its_graph():
 
     wanted, _ = digest_after(twice, update_in_backward=False)
     assert digest_after(twice, expected=2) == (wanted, ["blocks.3", "blocks.2", "blocks.1"])
+
+
+def test_evaluations_do_not_count_as_uses():
+    def evaluating(model: nn.Module) -> None:
+        loss = model(inputs())
+        with torch.no_grad():
+            model(inputs(1))
+        loss.backward()
+
+    wanted, _ = digest_after(evaluating, update_in_backward=False)
+    assert digest_after(evaluating) == (wanted, ["blocks.3", "blocks.2", "blocks.1"])
 
 
 def test_the_number_of_micro_batches_may_vary():
