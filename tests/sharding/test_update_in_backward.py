@@ -220,6 +220,26 @@ def test_ranks_that_touch_different_parameters_decide_each_for_itself(ranks, sta
     assert results[0][1] != results[1][1]
 
 
+def twice_on_rank_0() -> tuple[str, list[str]]:
+    """Rank 0 uses block 2 twice in its last micro-batch, without a gather in between."""
+    torch.manual_seed(5)
+    model = Paths()
+    optimizer = ss.optim.AdamW(model.parameters(), lr=0.01)
+    sharded = ss.shard(model, optimizer, stage=3, **ON)
+    sharded.expect(2 // sharded.world_size)
+    with counting() as early:
+        for leaf in range(sharded.rank, 2, sharded.world_size):
+            model(batch(0, leaf), (0, 1, 2, 3) if leaf else (0, 1, 2, 2, 3), -1).backward()
+        optimizer.step()
+    return ss.digest(model, optimizer), early
+
+
+def test_what_one_rank_refuses_none_updates(ranks):
+    (wanted, alone), *_ = ranks(1).run(twice_on_rank_0)
+    assert alone == ["blocks.3", "blocks.2", "blocks.1"]  # the last micro-batch uses it once
+    assert ranks(2).run(twice_on_rank_0) == [(wanted, ["blocks.3", "blocks.1"])] * 2
+
+
 def slow_run(slow_rank: int | None) -> tuple[str, int, bool]:
     """One rank always takes shards late."""
     take = Loan.take
@@ -356,6 +376,34 @@ def test_the_number_of_micro_batches_may_vary():
         digests.append(ss.digest(model, optimizer))
         assert len(early) == (0 if options else 9)
     assert digests[0] == digests[1]
+
+
+def test_zero_grad_at_the_begin_of_a_step():
+    digests = []
+    for options in ({}, {"update_in_backward": False}):
+        model, optimizer, sharded = stack(expected=None, **options)
+        with counting() as early:
+            for micro in sharded.micro_batches(Vectors(), global_batch=4, micro_batch=2, seed=5):
+                if micro.index == 0:
+                    optimizer.zero_grad()
+                model(micro.batch).backward()
+                if micro.last:
+                    optimizer.step()
+                if micro.step == 2:
+                    break
+        assert len(early) == (0 if options else 6)
+        digests.append(ss.digest(model, optimizer))
+    assert digests[0] == digests[1]
+
+
+def test_what_is_not_finite_is_traced_in_backward_too():
+    model, optimizer, _ = stack(trace_nonfinite=True)
+    optimizer.param_groups[0]["lr"] = float("inf")
+    with counting() as early:
+        model(inputs()).backward()
+    assert early
+    with pytest.raises(ss.NonFiniteUpdateError, match=r"step 0 made .* parameter 'blocks.3.1.weight', element 0"):
+        optimizer.step()
 
 
 def test_a_closure():
