@@ -1,7 +1,6 @@
 """Updates in the backward pass: the bits of step(), the bytes of the formula, what may not follow, what is refused."""
 
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import shardstep as ss
-from shardstep.sharding.loans import Loan
 from shardstep.sharding.space import Space
 from shardstep.sharding.step import Step
 from tests.sharding.models import BF16, two_groups
@@ -220,8 +218,8 @@ def test_ranks_that_touch_different_parameters_decide_each_for_itself(ranks, sta
     assert results[0][1] != results[1][1]
 
 
-def twice_on_rank_0() -> tuple[str, list[str]]:
-    """Rank 0 uses block 2 twice in its last micro-batch, without a gather in between."""
+def two_leaves(paths: list[tuple[tuple[int, ...], int]]) -> tuple[str, list[str]]:
+    """Each with its own path."""
     torch.manual_seed(5)
     model = Paths()
     optimizer = ss.optim.AdamW(model.parameters(), lr=0.01)
@@ -229,30 +227,27 @@ def twice_on_rank_0() -> tuple[str, list[str]]:
     sharded.expect(2 // sharded.world_size)
     with counting() as early:
         for leaf in range(sharded.rank, 2, sharded.world_size):
-            model(batch(0, leaf), (0, 1, 2, 3) if leaf else (0, 1, 2, 2, 3), -1).backward()
+            model(batch(0, leaf), *paths[leaf]).backward()
         optimizer.step()
     return ss.digest(model, optimizer), early
 
 
-def test_what_one_rank_refuses_none_updates(ranks):
-    (wanted, alone), *_ = ranks(1).run(twice_on_rank_0)
-    assert alone == ["blocks.3", "blocks.2", "blocks.1"]  # the last micro-batch uses it once
-    assert ranks(2).run(twice_on_rank_0) == [(wanted, ["blocks.3", "blocks.1"])] * 2
+ALL = ["blocks.3", "blocks.2", "blocks.1"]
+WITHOUT_2 = ["blocks.3", "blocks.1"]
 
 
-def slow_run(slow_rank: int | None) -> tuple[str, int, bool]:
-    """One rank always takes shards late."""
-    take = Loan.take
-    with pytest.MonkeyPatch.context() as patch:
-        if slow_rank is not None and torch.distributed.get_rank() == slow_rank:
-            patch.setattr(Loan, "take", lambda *args: time.sleep(0.01) or take(*args))
-        return stack_run(adamw, {"stage": 3, "prefetch": 0, **ON}, 4)
-
-
-@pytest.mark.parametrize("slow_rank", [0, 1])
-def test_nobody_updates_what_a_slow_rank_is_yet_to_take(ranks, slow_rank):
-    wanted = updated_in_step()[0]
-    assert ranks(2).run(slow_run, slow_rank) == [(wanted, 6, True)] * 2
+@pytest.mark.parametrize(
+    ("first", "second", "updated"),
+    [
+        (((0, 1, 2, 2, 3), -1), ((0, 1, 2, 3), -1), [WITHOUT_2, WITHOUT_2]),
+        (((0, 1, 2, 3), -1), ((0, 1, 2, 3), 2), [ALL, WITHOUT_2]),
+    ],
+    ids=["what one rank uses twice, none updates", "what one rank has not touched, the other updates"],
+)
+def test_ranks_whose_micro_batches_differ(ranks, first, second, updated):
+    wanted, alone = two_leaves([first, second])  # the step's last micro-batch is the second one
+    assert alone == ALL
+    assert ranks(2).run(two_leaves, [first, second]) == [(wanted, early) for early in updated]
 
 
 # - bytes
