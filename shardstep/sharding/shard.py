@@ -79,8 +79,9 @@ def shard(
     outputs is multiplied by it, low-precision outputs are returned in float32, steps that overflow are left out.
     ``schedule``: 'per leaf' (default) or 'per step' (stages 0 and 1). ``prefetch``: units gathered ahead.
     ``update_in_backward``: in the last backward() of a step, update each unit as soon as its gradients are whole and
-    give their memory back; step() does the rest, and must follow. The bits are the same. Not with clipping by the norm
-    or a loss scale. Micro-batches come from ``sharded.micro_batches``, or ``sharded.expect`` tells their number.
+    give their memory back (the peak falls if a rank has one micro-batch a step); step() does the rest, and must follow.
+    The bits are the same. Not with clipping by the norm or a loss scale. Micro-batches come from
+    ``sharded.micro_batches``, or ``sharded.expect`` tells their number.
     ``trace_nonfinite``: a step that makes an infinity or NaN raises NonFiniteUpdateError, which names the parameter,
     the element, the rank and the line of the rule; for debugging, since it copies what is updated.
     ``weights``: a .safetensors file, an index of several, or a folder with either, to begin with instead of what the
