@@ -252,6 +252,8 @@ class Hooks:
 
     def _repeated(self) -> set[int]:
         """The tags of spaces that may be needed again after all their gradients have arrived; all, if graphs stay."""
+        if self._gradients.early is None:
+            return set()
         keeps_graph = self._kept or torch._C._autograd._get_current_graph_task_keep_graph()
         repeated = range(len(self._units)) if keeps_graph else self._calls.repeated
         return {space.tag for order in repeated for space in self._units[order].spaces}
