@@ -5,7 +5,6 @@ room knows no types and no shapes.
 """
 
 import ast
-import inspect
 from typing import Final
 
 from shardstep.rules import syntax
@@ -54,13 +53,16 @@ class _Parser(ExpressionParser):
 
     def _parameters(self, arguments: ast.arguments) -> list[syntax.Parameter]:
         nodes = {a.arg: a for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
-        given = inspect.signature(self.from_function).parameters
+        positional = [a.arg for a in (*arguments.posonlyargs, *arguments.args)]
+        given = self.from_function.__defaults__ or ()
+        defaults = dict(zip(reversed(positional), reversed(given), strict=False))
+        defaults |= self.from_function.__kwdefaults__ or {}
         return [
             syntax.Parameter(
                 name,
                 self.source.span(node),
-                given[name].kind is inspect.Parameter.KEYWORD_ONLY,
-                syntax.REQUIRED if given[name].default is inspect.Parameter.empty else usable(given[name].default),
+                name not in positional,
+                usable(defaults[name]) if name in defaults else syntax.REQUIRED,
             )
             for name, node in nodes.items()
         ]

@@ -28,6 +28,8 @@ class Source:
     """``definition``: its lines count from ``before`` lines below the beginning of the file."""
 
     file: str
+    lines: list[str]
+    """Those of the file."""
     definition: ast.FunctionDef
     before: int
 
@@ -39,7 +41,7 @@ class Source:
 
     def _characters(self, line: int, offset: int) -> int:
         """Python counts columns in bytes of UTF-8."""
-        text = linecache.getline(self.file, line)
+        text = self.lines[line - 1]
         return offset if text.isascii() else len(text.encode()[:offset].decode(errors="replace"))
 
 
@@ -50,13 +52,13 @@ def source_of(function: types.FunctionType) -> Source:
     lines = linecache.getlines(code.co_filename, function.__globals__)
     if not 0 < code.co_firstlineno <= len(lines):
         _refuse(function, "the source text cannot be had", "define the function in a file or in a notebook")
-    lines = lines[code.co_firstlineno - 1 :]
+    file, lines = lines, lines[code.co_firstlineno - 1 :]
     last = max(line for _, _, line in code.co_lines() if line is not None) - code.co_firstlineno
     definition = _definition(_indented(lines, last)) or _definition(_block(lines))
     if definition is None or not _is_that(definition, code):
         hint = "it may have been edited since it was imported, or rewritten by another decorator or tool: start again"
         _refuse(function, "the source text is not that of the function", hint)
-    return Source(code.co_filename, definition, code.co_firstlineno - 2)
+    return Source(code.co_filename, file, definition, code.co_firstlineno - 2)
 
 
 def argument_span(function: types.FunctionType, name: str) -> Span:

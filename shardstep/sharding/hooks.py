@@ -271,7 +271,12 @@ class Hooks:
         wanted = [order, *self._calls.needs[order]]
         if not any(_communicates(self._units[other]) for other in (*wanted, *ahead)):
             return
-        phase = f"{direction} of step {self._gradients.step}"
+        if any(self._units[other].is_freed for other in (*wanted, *ahead)):
+            self._gather_freed(wanted, ahead, f"{direction} of step {self._gradients.step}")
+        if self._gradients.in_backward:
+            self._live.add([*wanted, *ahead])
+
+    def _gather_freed(self, wanted: list[int], ahead: Iterable[int], phase: str) -> None:
         try:
             self._agreement.confirm()  # first: what peers lend may be what they are updating until they come here too
             for other in wanted:
@@ -283,8 +288,6 @@ class Hooks:
         except CollectiveError:
             self._lost = True  # what is on its way may never arrive: nothing must wait for it on the way out
             raise
-        if self._gradients.in_backward:
-            self._live.add([*wanted, *ahead])
 
 
 def begins_backward(order: int, units: int, prefetch: int) -> bool:

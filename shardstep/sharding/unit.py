@@ -19,6 +19,11 @@ class Unit:
         return any(space.communicates and space.is_whole for space in self.spaces)
 
     @property
+    def is_freed(self) -> bool:
+        """Whether some of the parameters are not whole, or still on their way."""
+        return any(space.communicates and not space.is_whole for space in self.spaces)
+
+    @property
     def where(self) -> str:
         """How messages name it."""
         return f"unit {self.name!r}" if self.name else "the root unit"

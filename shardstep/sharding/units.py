@@ -17,7 +17,7 @@ from shardstep.errors import ConfigError
 from shardstep.layout import Layout, joined, lay_out
 from shardstep.sharding.modules import is_keras, named_children, named_modules, own_parameters, weights
 
-SMALL_NUMEL = 1 << 20
+SMALL_NUMEL = 1 << 21
 """Neighbours of together at most so many elements are one unit."""
 
 
