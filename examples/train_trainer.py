@@ -1,13 +1,15 @@
 """Train with `transformers.Trainer`, sharded. Copy `ShardedTrainer`, and put your model, data and arguments in.
 
     python examples/train_trainer.py
-    torchrun --nproc-per-node 2 examples/train_trainer.py --stage 3
+    torchrun --nproc-per-node 2 examples/train_trainer.py --stage 3 --folder out
+    python examples/train_trainer.py --folder out2 --resume out/checkpoint-10
 
-Trainer keeps its loop, its data, its schedules, evaluation, logging and saving. Five of its public methods are
-overridden, each for one reason that stands with it. Two of TrainingArguments must be as they are here:
+Trainer keeps its loop, its data, its schedules, evaluation, logging and saving. Four of its public methods are
+overridden, each for a reason that stands with it. Two of TrainingArguments must be as they are here:
 
 - `max_grad_norm=0`: gradients are spread over the ranks, so shard(clip_norm=...) clips them, and Trainer must not;
-- `save_only_model=True`: Trainer would have rank 0 alone ask the optimizer for its state, and ranks ask together.
+- `save_only_model=True`: Trainer would have rank 0 alone ask the optimizer for its state, and all ranks must ask.
+  `SaveOptimizer` has them ask together, and writes the files that Trainer looks for when it resumes.
 
 Accelerate deals micro-batch k of a step to rank k mod N, as shardstep does. So runs that have the same number of
 micro-batches in a step, over all ranks, have the same bits: the sha256 in the JSON line that rank 0 prints at the end.
@@ -26,7 +28,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import shardstep as ss
 from shardstep.demo.text import Windows, load_corpus
@@ -42,6 +46,7 @@ class ShardedTrainer(Trainer):
     def __init__(self, *args, shard: dict[str, object], **kwargs) -> None:
         self.shard_options = shard
         super().__init__(*args, **kwargs)
+        self.add_callback(SaveOptimizer())
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Shard as soon as there is an optimizer. A model that Accelerate has prepared once, as if for evaluation, is
@@ -75,6 +80,17 @@ class ShardedTrainer(Trainer):
         self.model.save_pretrained(output_dir or self.args.output_dir, is_main_process=self.args.should_save)
 
 
+class SaveOptimizer(TrainerCallback):
+    """Adds the states of optimizer and scheduler to a checkpoint. A run may be resumed on another number of ranks."""
+
+    def on_save(self, args, state, control, *, optimizer, lr_scheduler, **_) -> None:
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        for name, saved in ((OPTIMIZER_NAME, optimizer), (SCHEDULER_NAME, lr_scheduler)):
+            values = saved.state_dict()  # whole, on every rank
+            if args.should_save:
+                torch.save(values, folder / name)
+
+
 class Text(Dataset[dict[str, Tensor]]):
     """Windows of a text, as Trainer wants them. Labels are shifted by the model."""
 
@@ -88,7 +104,9 @@ class Text(Dataset[dict[str, Tensor]]):
         return {"input_ids": self._windows[index], "labels": self._windows[index]}
 
 
-def train(stage: int, steps: int, width: int, layers: int, seed: int, folder: Path) -> dict[str, object]:
+def train(
+    stage: int, steps: int, width: int, layers: int, seed: int, folder: Path, resume: Path | None = None
+) -> dict[str, object]:
     """Train, evaluate, save into ``folder`` and tell."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     corpus = load_corpus(None, context=CONTEXT, training_windows=512, held_out_windows=16)
@@ -108,7 +126,7 @@ def train(stage: int, steps: int, width: int, layers: int, seed: int, folder: Pa
         eval_strategy="steps",
         eval_steps=steps,
         save_strategy="steps",
-        save_steps=steps,
+        save_steps=max(1, steps // 2),
         save_only_model=True,
         logging_steps=1,
         report_to="none",
@@ -126,7 +144,7 @@ def train(stage: int, steps: int, width: int, layers: int, seed: int, folder: Pa
         optimizer_cls_and_kwargs=(ss.optim.AdamW, {"lr": arguments.learning_rate}),
         shard={"stage": stage, "clip_norm": 1.0},
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume and str(resume))
     trainer.save_model()
     return {
         "world_size": trainer.sharded.world_size,
@@ -144,6 +162,7 @@ if __name__ == "__main__":
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where to save the model; by default a folder that is removed")
+    parser.add_argument("--resume", type=Path, help="a checkpoint to go on from")
     options = vars(parser.parse_args())
     torch.set_num_threads(1)  # the same on every rank and in every run that is to give the same bits
     with tempfile.TemporaryDirectory() as scratch:

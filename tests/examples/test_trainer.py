@@ -10,24 +10,27 @@ from safetensors.torch import load_file
 
 from tests.examples.running import example, under_torchrun
 
-SIZE = {"steps": 3, "width": 32, "layers": 2, "seed": 0}
+SIZE = {"steps": 4, "width": 32, "layers": 2, "seed": 0}
 
 
-def trained(made: ModuleType, folder: Path, stage: int = 3) -> dict[str, Any]:
-    result: dict[str, Any] = made.train(stage=stage, folder=folder, **SIZE)
+def trained(made: ModuleType, folder: Path, **options: Any) -> dict[str, Any]:
+    result: dict[str, Any] = made.train(**{"stage": 3, "folder": folder, **SIZE, **options})
     return result
 
 
-def test_two_ranks_give_the_bits_of_one(tmp_path):
+def test_two_ranks_give_the_bits_of_one_also_when_it_resumes(tmp_path):
     one = trained(example("train_trainer"), tmp_path / "one", stage=0)
     two = under_torchrun("train_trainer", stage=3, folder=tmp_path / "two", **SIZE)
     assert (one["world_size"], two["world_size"]) == (1, 2)
     assert set(two["stages"].values()) == {3}
     assert one["sha256"] == two["sha256"]
-    for name in ("model.safetensors", f"checkpoint-{SIZE['steps']}/model.safetensors"):
+    for name in ("checkpoint-2/model.safetensors", "checkpoint-4/model.safetensors", "model.safetensors"):
         whole, theirs = load_file(tmp_path / "one" / name), load_file(tmp_path / "two" / name)
         assert whole.keys() == theirs.keys()
         assert all(torch.equal(whole[key], theirs[key]) for key in whole)
+    resumed = trained(example("train_trainer"), tmp_path / "resumed", resume=tmp_path / "two" / "checkpoint-2")
+    assert resumed["sha256"] == one["sha256"]
+    assert [logs["step"] for logs in resumed["log"]] == [logs["step"] for logs in one["log"]]
 
 
 def test_it_trains_and_tells_as_an_unchanged_trainer(tmp_path):

@@ -3,6 +3,8 @@
 import json
 import runpy
 from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,3 +125,25 @@ def test_caches_hidden_states_and_generation(ranks, model):
         freed, whole, alone = answer["tokens"]
         assert freed == whole == alone
         assert answer["tied"] == 1
+
+
+def built(folder: Path, cut: bool) -> list[list[str]]:
+    """Digests of models as they are built, and as the files in ``folder`` have them."""
+    return [[digest_of(model, None, cut), digest_of(model, folder / model, cut)] for model in MODELS]
+
+
+def digest_of(model: str, weights: Path | None, cut: bool) -> str:
+    torch.manual_seed(SIZE["seed"] + (weights is not None))
+    with ss.partitioned() if cut else nullcontext():
+        net = example("train_transformers").make_model(model, SIZE["width"], SIZE["layers"])
+    optimizer = ss.optim.AdamW(net.parameters())
+    ss.shard(net, optimizer, weights=weights)
+    return ss.digest(net, optimizer)
+
+
+def test_models_are_cut_while_they_are_built_and_read_into_shards(ranks, tmp_path):
+    for model in MODELS:
+        unsharded(model)[0].save_pretrained(tmp_path / model, save_original_format=False)
+    wanted = built(tmp_path, False)
+    assert all(made == loaded for made, loaded in wanted)
+    assert ranks(2).run(built, tmp_path, True) == [wanted, wanted]
