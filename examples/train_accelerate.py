@@ -1,7 +1,7 @@
 """Train with Hugging Face Accelerate, sharded. Copy this file and put your model and data in.
 
     python examples/train_accelerate.py
-    torchrun --nproc-per-node 2 examples/train_accelerate.py --stage 3     (or accelerate launch)
+    torchrun --nproc-per-node 2 examples/train_accelerate.py --stage 3
 
 There is no plugin, because none is needed: four things differ from any loop of Accelerate's.
 
@@ -15,9 +15,9 @@ There is no plugin, because none is needed: four things differ from any loop of 
 Accelerate deals micro-batch k of a step to rank k mod N, as shardstep does. So the sha256 in the JSON line that rank 0
 prints at the end is the same for 1, 2 and 4 ranks and for every stage, for models without dropout.
 
-(Lightning could have been the other way. There, a strategy is a subclass of DDPStrategy which must undo what that does
-to the model, the optimizer's clipping and the accumulated loss, in methods that begin with an underscore among others;
-a plain loop does without all of that, and transformers.Trainer, see train_trainer.py, is built on Accelerate.)
+(Why this and not a Lightning strategy: that would be a subclass of DDPStrategy which overrides configure_ddp(),
+setup_optimizers() and backward(), and a LightningModule is trained through training_step(), not through forward().
+Here no class is needed, and transformers.Trainer, see train_trainer.py, stands on Accelerate.)
 """
 
 import argparse

@@ -100,7 +100,7 @@ def used_otherwise(model: str) -> dict[str, Any]:
     (output.loss + sum(tensor.square().mean() for tensor in inside)).backward()
     optimizer.step()
     optimizer.zero_grad()
-    sent = sharded.traffic.sent_bytes - before
+    sent, as_foretold = sharded.traffic.sent_bytes - before, sharded.bytes.peak == sharded.bytes.formula
     state = net.state_dict()
     tied = [state[key].data_ptr() for key in ("lm_head.weight", "transformer.wte.weight") if key in state]
     net.eval()
@@ -113,6 +113,7 @@ def used_otherwise(model: str) -> dict[str, Any]:
     return {
         "sent": sent,
         "formula": sharded.step_bytes(1),
+        "as foretold": as_foretold,
         "tied": len(set(tied)),
         "tokens": [found.tolist() for found in (freed, whole, alone)],
     }
@@ -122,6 +123,7 @@ def used_otherwise(model: str) -> dict[str, Any]:
 def test_caches_hidden_states_and_generation(ranks, model):
     for answer in ranks(2).run(used_otherwise, model):
         assert answer["sent"] == answer["formula"]
+        assert answer["as foretold"]
         freed, whole, alone = answer["tokens"]
         assert freed == whole == alone
         assert answer["tied"] == 1
