@@ -55,9 +55,15 @@ class ShardedTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         if self.sharded is None:
             self.accelerator.prepare_model(self.model, evaluation_mode=True)
-            self.accelerator.clip_grad_norm_ = lambda *_, **__: None  # asked for the norm even where nothing is clipped
+            self.accelerator.clip_grad_norm_ = self.clip_nothing
             self.sharded = ss.shard(self.model, optimizer, **self.shard_options)
         return optimizer
+
+    @staticmethod
+    def clip_nothing(parameters, max_norm: float, norm_type: float = 2) -> None:
+        """Trainer asks for the norm even where it clips nothing; see log()."""
+        if max_norm != float("inf"):
+            raise ValueError(f"expected max_grad_norm=0, got {max_norm}; clip with shard={{'clip_norm': {max_norm}}}")
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Trainer divides losses by the number of micro-batches, and the engine takes the mean of gradients: once is
@@ -77,7 +83,10 @@ class ShardedTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Every rank asks for the whole state dict, and one of them writes it."""
-        self.model.save_pretrained(output_dir or self.args.output_dir, is_main_process=self.args.should_save)
+        folder = output_dir or self.args.output_dir
+        self.model.save_pretrained(folder, is_main_process=self.args.should_save)
+        if self.processing_class is not None and self.args.should_save:
+            self.processing_class.save_pretrained(folder)
 
 
 class SaveOptimizer(TrainerCallback):

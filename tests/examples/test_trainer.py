@@ -53,3 +53,16 @@ def test_it_trains_and_tells_as_an_unchanged_trainer(tmp_path):
         for name in one.keys() & {"loss", "grad_norm", "learning_rate", "eval_loss", "train_loss", "epoch", "step"}:
             assert one[name] == pytest.approx(other[name], rel=1e-5), name
     assert ours[0]["grad_norm"] > 1.0, "or else clipping is not tested"
+
+
+def test_clipping_by_trainer_itself_is_refused(tmp_path):
+    made = example("train_trainer")
+
+    class Clipping(made.ShardedTrainer):
+        def __init__(self, model, arguments, **kwargs) -> None:
+            arguments.max_grad_norm = 0.5
+            super().__init__(model, arguments, **kwargs)
+
+    made.ShardedTrainer = Clipping
+    with pytest.raises(ValueError, match=r"expected max_grad_norm=0, got 0.5; clip with shard={'clip_norm': 0.5}"):
+        trained(made, tmp_path)
