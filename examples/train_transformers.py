@@ -62,7 +62,7 @@ def loss_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """How well the model continues the text, or guesses the bytes that are masked."""
     if model.config.model_type != "bert":
         return model(input_ids=tokens, labels=tokens).loss
-    masked = torch.rand(tokens.shape) < 0.15  # seeded for each micro-batch, as dropout is
+    masked = torch.rand(tokens.shape, device=tokens.device) < 0.15  # seeded for each micro-batch, as dropout is
     return model(input_ids=tokens.masked_fill(masked, MASK), labels=tokens.masked_fill(~masked, -100)).loss
 
 
