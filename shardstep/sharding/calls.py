@@ -35,6 +35,8 @@ class Call:
     enters: bool
     """Whether the user calls it; not a module around it, nor a checkpoint in a backward pass."""
     end: int = 0
+    reached_by: int = -1
+    """The last backward pass that has come to one of its outputs."""
 
 
 class _Uses:

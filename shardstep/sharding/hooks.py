@@ -219,7 +219,10 @@ class Hooks:
         needed = {call.order, *self._calls.needs[call.order]}
         for order in needed:
             self._live.reached(order, call.start, task)
-        ahead = self._before(call.order) if self._units[call.order].has(call.module) else range(0)
+        ahead = range(0)
+        if call.reached_by != task and self._units[call.order].has(call.module):
+            call.reached_by = task  # later outputs may be from inside units that come long after those ahead
+            ahead = self._before(call.order)
         self._free_done(call, needed.union(ahead))
         self._gather(call.order, ahead, "backward")
 

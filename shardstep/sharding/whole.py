@@ -95,7 +95,7 @@ class Whole(NotCopied):
         return own
 
     def _copy_freed(self, state: dict[str, Any]) -> None:
-        """Replace the entries of a state dict that are about to be freed by copies."""
+        """Replace the entries of a state dict that are about to be freed by copies; tied ones stay one tensor."""
         freed_soon = {
             parameter.data_ptr()
             for unit in self.units
@@ -103,9 +103,11 @@ class Whole(NotCopied):
             for space in unit.spaces
             for parameter in space.parameters
         }
+        copies: dict[tuple[int, torch.Size], Tensor] = {}
         for key, value in state.items():
             if isinstance(value, Tensor) and value.data_ptr() in freed_soon:
-                state[key] = value.detach().clone()
+                place = value.data_ptr(), value.shape
+                copies[place] = state[key] = copies[place] if place in copies else value.detach().clone()
         self.release(self.units)
 
 
