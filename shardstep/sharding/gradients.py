@@ -196,6 +196,11 @@ class Gradients:
         self.most_leaves = max(self.most_leaves, self.leaves)
         self.in_backward = False
 
+    def check_nothing_updated(self, sentence: str) -> None:
+        """Raise a SequenceError if units were updated in backward: what this rank does must wait for step()."""
+        if self.early is not None:
+            self.early.check(sentence)
+
     def leave_backward(self) -> None:
         """The pass was left by an exception: what it has gathered cannot be used."""
         self.in_backward, self._broken = False, self._arrived
@@ -270,8 +275,7 @@ class Gradients:
 
     def discard(self) -> None:
         """Forget all leaves, and allow the next backward pass."""
-        if self.early is not None:
-            self.early.check("calls zero_grad()")
+        self.check_nothing_updated("calls zero_grad()")
         if self.in_backward:
             self.leave_backward()
         self._forget()

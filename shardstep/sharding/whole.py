@@ -41,6 +41,10 @@ class Whole(NotCopied):
         self._agreement.announce(act, self._gradients.step, self._gradients.leaves)
         self._agreement.confirm()
 
+    def check_nothing_updated(self, sentence: str) -> None:
+        """Raise a SequenceError if some parameters are those before a step and others those after it."""
+        self._gradients.check_nothing_updated(sentence)
+
     def units_of(self, module: nn.Module) -> list[Unit]:
         """The units that own any parameter of ``module``."""
         wanted = {id(parameter) for parameter in module.parameters()}

@@ -489,6 +489,7 @@ AFTER: dict[str, Callable[[Stack, Any, ss.Sharded], Any]] = {
     "calls zero_grad()": lambda _, optimizer, __: optimizer.zero_grad(),
     "reads a full tensor by name": lambda *rest: rest[-1].full_grad("stem.weight"),
     "gathers whole parameters or states": lambda model, *_: model.state_dict(),
+    "updates an average": lambda model, *_: ss.Average(model, decay=0.9).update(),
 }
 
 
