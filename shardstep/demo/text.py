@@ -5,7 +5,7 @@ By default the source of this machine's own Python standard library. Never downl
 
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,21 +71,17 @@ def read_text(path: Path | None) -> bytes:
 
 
 def _standard_library_files(root: Path) -> list[Path]:
-    return [file for file in _folder_files(root) if file.suffix == ".py" and not _skipped(file.relative_to(root))]
+    return [file for file in _folder_files(root, _SKIPPED_FOLDERS) if file.suffix == ".py"]
 
 
-def _skipped(relative: Path) -> bool:
-    return not _SKIPPED_FOLDERS.isdisjoint(relative.parts[:-1])
-
-
-def _folder_files(root: Path) -> list[Path]:
+def _folder_files(root: Path, skipped: Set[str] = frozenset()) -> list[Path]:
     """Every visible file below ``root``, sorted by path: a folder's listing has no order of its own."""
-    return sorted(_walk(root), key=lambda file: file.relative_to(root).as_posix())
+    return sorted(_walk(root, skipped), key=lambda file: file.relative_to(root).as_posix())
 
 
-def _walk(root: Path) -> Iterator[Path]:
+def _walk(root: Path, skipped: Set[str]) -> Iterator[Path]:
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in skipped]
         yield from (Path(folder, name) for name in names if not name.startswith(".") and Path(folder, name).is_file())
 
 

@@ -8,7 +8,6 @@ they themselves then refuse to step. It never hears of ranks.
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
-from inspect import unwrap
 from typing import Any, NoReturn, cast, overload
 
 import torch
@@ -17,10 +16,10 @@ from torch.optim.optimizer import StateDict
 
 from shardstep.errors import ConfigError, OwnershipError
 from shardstep.optim.loading import check_keys
-from shardstep.optim.optimizer import Optimizer
+from shardstep.optim.optimizer import Optimizer, steps_by_rule
 from shardstep.rules.compiled import compile_rule
 from shardstep.rules.ir import State
-from shardstep.types import FlatSource, Segment, Update
+from shardstep.types import Batch, FlatSource, Segment, Update
 
 
 class Combined(torch.optim.Optimizer):
@@ -82,6 +81,18 @@ class Combined(torch.optim.Optimizer):
         for batch in source.batches(per_tensor=per_tensor, whole=whole):
             if batch.updated:
                 compiled[self._member_of(batch.updated[0].group)].update(batch, hypers)
+
+    def update(self, batch: Batch) -> None:
+        """Update one batch, a part of a step, with the hyper-parameters as they are."""
+        if batch.updated:
+            member = self._members[self._member_of(batch.updated[0].group)]
+            with torch.no_grad():
+                compile_rule(member.rule).update(batch, self._hypers())
+
+    @property
+    def elementwise(self) -> dict[int, bool]:
+        """See `Optimizer.elementwise`."""
+        return {index: own for index, member in enumerate(self._members) for own in member.elementwise.values()}
 
     def _hypers(self) -> list[Mapping[str, Any]]:
         return [hypers for member in self._members for hypers in member.hypers]
@@ -269,7 +280,7 @@ def _checked(optimizers: Sequence[Optimizer]) -> tuple[Optimizer, ...]:
                 f"expected optimizers of shardstep.optim to combine, got {type(optimizer).__module__}."
                 f"{type(optimizer).__name__} at position {index}; give one whose rule shardstep knows"
             )
-        if unwrap(type(optimizer).step) is not unwrap(Optimizer.step):  # torch wraps it
+        if not steps_by_rule(optimizer):
             raise ConfigError(
                 f"expected optimizers whose step is their rule and nothing more, got {type(optimizer).__name__} at "
                 f"position {index}; step it by itself"

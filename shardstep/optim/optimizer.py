@@ -7,6 +7,7 @@ calls the kernel. It never hears of ranks.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from inspect import unwrap
 from typing import Any, ClassVar, cast, overload
 
 import torch
@@ -181,6 +182,23 @@ class Optimizer(torch.optim.Optimizer):
         step = alone.Step(self.state, self.states_in, self.rule.tensor_states)
         return step.batches(self.param_groups, signs, compiled.is_plain_with(self.hypers))
 
+    def update(self, batch: Batch) -> None:
+        """Update one batch, a part of a step, with the hyper-parameters as they are."""
+        with torch.no_grad():
+            compile_rule(self.rule).update(batch, self.hypers)
+
+    @property
+    def elementwise(self) -> dict[int, bool]:
+        """The numbers of the rules that see single elements only, with the hyper-parameters as they are, so that a
+        part of the parameters may be updated at any time; and whether segments must be parts of one tensor for them.
+
+        None of an optimizer whose :meth:`step` does more than run its rule.
+        """
+        compiled = compile_rule(self.rule)
+        if not (steps_by_rule(self) and compiled.is_plain_with(self.hypers)):
+            return {}
+        return {0: compiled.is_by_tensor_with(self.hypers)}
+
     def check_update(self, updated: Iterable[Update]) -> None:
         """Raise RuleError, before anything is changed, if hyper-parameters of an update have no value in the rule."""
         compile_rule(self.rule).check(updated, self.hypers)
@@ -316,3 +334,8 @@ class Optimizer(torch.optim.Optimizer):
         for values in self.state.values():
             if "step" in values and not isinstance(values["step"], Tensor):
                 values["step"] = as_step(values["step"])
+
+
+def steps_by_rule(optimizer: Optimizer) -> bool:
+    """Whether a step of ``optimizer`` is its rule and nothing more."""
+    return unwrap(type(optimizer).step) is unwrap(Optimizer.step)  # torch wraps it

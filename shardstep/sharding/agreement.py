@@ -6,7 +6,7 @@ so that a rank that does something else is named within that wait instead of han
 tensors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 
 from shardstep.collectives import Announcement, Group
@@ -65,10 +65,14 @@ class Agreement:
 
     def __init__(self, group: Group, flags: int, loans: Sequence[Loan] = ()) -> None:
         self._group, self.flags, self._loans = group, flags, loans
+        self.check: Callable[[Act], None] = _anything
+        """Called before each announcement; raises if the act has no meaning now."""
         self._sent: list[Announcement] = []
+        self._told: dict[int, list[bool]] = {}
 
     def announce(self, act: Act, step: int, leaves: int, flags: Sequence[bool] = ()) -> None:
         """Tell the other ranks; ``leaves`` counts this rank's finished backward passes of the step."""
+        self.check(act)
         if self._group.size > 1:
             label = f"agreement to {act.name.lower().replace('_', ' ')} at step {step}"
             if act is not Act.FORWARD:  # told by the hooks, unit by unit
@@ -94,13 +98,27 @@ class Agreement:
             for rank, row in enumerate(rows):
                 self._renew(rank, row[3:told])
             flags = [any(column) for column in zip(*(_unpacked(row[told:], self.flags) for row in rows), strict=True)]
+            self._told[rows[0][0]] = flags
         return flags
+
+    def flags_of(self, act: Act, own: list[bool]) -> list[bool]:
+        """Those that any rank has set in the last announcement of this act that was compared; ``own`` with one rank."""
+        return own if self._group.size == 1 else self._told[act]
 
     def _renew(self, rank: int, words: Sequence[int]) -> None:
         """Lend again what ``rank`` has taken."""
         for loan, taken in zip(self._loans, _unpacked(words, len(self._loans)), strict=True):
             if taken and rank != self._group.rank:
                 loan.renew(rank)
+
+
+def sentence_of(act: Act) -> str:
+    """What messages say of a rank: that it "calls optimizer.step()", say."""
+    return _SENTENCES[act]
+
+
+def _anything(act: Act) -> None:
+    """Whatever is announced has a meaning."""
 
 
 def _packed(flags: Sequence[bool]) -> list[int]:

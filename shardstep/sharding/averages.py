@@ -43,6 +43,7 @@ class ShardedAverages:
 
     def segments(self, step: int) -> list[Segment]:
         """What this rank owns: the average as ``param``, the parameters' master as ``grad``; gaps included."""
+        self._whole.check_nothing_updated("updates an average")
         return [
             Segment(
                 group=0,

@@ -10,13 +10,17 @@ Nothing here gathers or frees.
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 
 @dataclass(slots=True)
 class Pass:
-    """One outermost call with all calls inside it. ``first``: when each unit was used first, by the clock."""
+    """One outermost call with all calls inside it. ``first``: when each unit was used first, by the clock;
+    ``recorded``: whether it is more than an evaluation without gradients.
+    """
 
+    recorded: bool
     first: dict[int, int] = field(default_factory=dict)
 
 
@@ -31,6 +35,26 @@ class Call:
     enters: bool
     """Whether the user calls it; not a module around it, nor a checkpoint in a backward pass."""
     end: int = 0
+    reached_by: int = -1
+    """The last backward pass that has come to one of its outputs."""
+
+
+class _Uses:
+    """The units that were used since the last backward pass, and those that were so more than once."""
+
+    def __init__(self) -> None:
+        self.again: set[int] = set()
+        self._seen: set[tuple[int, int]] = set()
+
+    def count(self, order: int, user: Call) -> None:
+        use = (order, id(user.module))
+        if user.order != order or use in self._seen:
+            self.again.add(order)
+        self._seen.add(use)
+
+    def clear(self) -> None:
+        self.again.clear()
+        self._seen.clear()
 
 
 class Calls:
@@ -42,14 +66,13 @@ class Calls:
         """For each unit the others whose parameters its own forward uses, as found so far."""
         self._entrances: set[int] = set()
         self._clock = 0
-        self._used = set[tuple[int, int]]()
-        self._used_again = set[int]()
+        self._all, self._recorded = _Uses(), _Uses()
 
     def enter(self, order: int, module: nn.Module, *, repeats: bool) -> Call:
         """``repeats``: in a backward pass, where only modules that were called by themselves are entered again."""
         if not (self.running or repeats):
             self._entrances.add(id(module))
-        within = self.running[-1].within if self.running else Pass()
+        within = self.running[-1].within if self.running else Pass(torch.is_grad_enabled())
         self._clock += 1
         call = Call(order, module, self._clock, within, not self.running and id(module) in self._entrances)
         self.running.append(call)
@@ -78,18 +101,22 @@ class Calls:
 
     def are_several(self, order: int) -> bool:
         """Whether a parameter may have been used in several checkpoints: by several modules, or in several calls."""
-        return order == 0 or order in self._used_again
+        return order == 0 or order in self._all.again
+
+    @property
+    def repeated(self) -> set[int]:
+        """The units that were used more than once since the last backward pass; evaluations do not count."""
+        return self._recorded.again
 
     def end_backward(self) -> None:
         """Count the uses anew."""
-        self._used.clear()
-        self._used_again.clear()
+        self._all.clear()
+        self._recorded.clear()
 
     def _count_use(self, order: int, user: Call) -> None:
-        use = (order, id(user.module))
-        if user.order != order or use in self._used:
-            self._used_again.add(order)
-        self._used.add(use)
+        self._all.count(order, user)
+        if user.within.recorded:
+            self._recorded.count(order, user)
 
     def busy(self) -> set[int]:
         """The units that running calls need."""

@@ -33,6 +33,7 @@ class Precisions:
                 self._note(parameter, own, path[-1])
             if own is not None and (caller is None or own.params != caller.params):
                 self._borders.append((module, own.params, None if caller is None else caller.params))
+        self._check_patterns(model)
 
     def of(self, parameter: nn.Parameter) -> Precision | None:
         """That of the modules which have it."""
@@ -68,6 +69,14 @@ class Precisions:
                 f"module) -> Precision or None, or None, got {chosen!r} for module {path[-1]!r}"
             )
         return chosen
+
+    def _check_patterns(self, model: nn.Module) -> None:
+        for pattern in self._choice if isinstance(self._choice, Mapping) else ():
+            if not any(matches(path[-1], pattern) for path, *_ in self._walk(("",), model, None, None)):
+                raise ConfigError(
+                    f"expected each pattern of precision to match a module of {type(model).__name__}, but {pattern!r} "
+                    f"matches none; patterns are dotted names, with '*' for one part, or '*' alone for all"
+                )
 
     def _note(self, parameter: nn.Parameter, own: Precision | None, name: str) -> None:
         before, where = self._of_parameter.setdefault(id(parameter), (own, name))

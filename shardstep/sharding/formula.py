@@ -5,8 +5,9 @@ Persistent bytes follow from the stages alone. What is in flight follows from th
 last; the exchanges of one unit are on their way at a time. Exact when every parameter gets a gradient, each unit's
 leaf is complete before the unit before it begins, a unit of several spaces gets its gradients in the reverse of the
 order in which its parameters are registered, and under the schedule per step the last micro-batch is known
-(`micro_batches` says so; a loop of one's own sends everything in `step()`, as any does without `overlap_grad_reduce`).
-Nothing here allocates.
+(`micro_batches` and `expect` say so; another loop sends everything in `step()`, as any does without
+`overlap_grad_reduce`). With updates in backward, each unit is used once in the last micro-batch. Nothing here
+allocates.
 """
 
 from collections.abc import Iterator
@@ -29,7 +30,8 @@ from shardstep.sharding.tensor_states import States, dtype_of, in_all, in_some, 
 class SpaceSize:
     """What the formula needs to know of a space. ``rule``: the number of its rule; ``moved``: for one with matrix
     products, the bytes of an element of each tensor that go to its owner and that come back; ``order``: the places of
-    its parameters among the model's, of which backward reaches the last ones first.
+    its parameters among the model's, of which backward reaches the last ones first; ``elementwise``: whether its rule
+    sees single elements only.
     """
 
     layout: Layout
@@ -40,12 +42,13 @@ class SpaceSize:
     rule: int = 0
     moved: tuple[tuple[int, int], ...] = ()
     order: tuple[int, ...] = ()
+    elementwise: bool = False
 
 
 @dataclass(frozen=True)
 class Formula:
     """``units`` holds the spaces of each unit in declared order, the root first. ``averages``: how many are kept of the
-    parameters.
+    parameters; ``in_backward``: whether spaces are updated there where they can be.
     """
 
     units: list[list[SpaceSize]]
@@ -56,6 +59,7 @@ class Formula:
     rank: int
     overlap_grad_reduce: bool
     averages: int = 0
+    in_backward: bool = False
 
     def unsharded(self) -> "Formula":
         """The same training on one rank, at stage 0."""
@@ -143,13 +147,20 @@ class Formula:
             sends = self.schedule == "per leaf" or (self.overlap_grad_reduce and last)
             flying: list[_Leaves] = []
             for unit in [*reversed(rest), root]:
+                updates = self.in_backward and last and unit is not root
                 landing, flying = flying, []
+                if updates and self.world_size == 1:  # when backward reaches this unit; else when their sums are here
+                    for leaves in landing:
+                        leaves.update()
                 for leaves in root:
                     leaves.open()
                 for leaves in _completed(unit) if unit is not root else _closed(root):
                     if sends:
                         while landing:
-                            landing.pop(0).land()
+                            landing[0].land()
+                            if updates:
+                                landing[0].update()
+                            landing.pop(0)
                         flying.append(leaves)
                         leaves.launch()
                 flying = landing + flying
@@ -161,7 +172,8 @@ class Formula:
             ledger.drop_spare()
         for unit in spaces:
             for leaves in unit:
-                leaves.tree.total()
+                if len(leaves.tree):
+                    leaves.tree.total()
         sums = [(leaves.whole_sum(), leaves.moves_with) for unit in spaces for leaves in unit]
         single = [bytes_ for bytes_, rule in sums if rule is None]
         pairs = [sum(single[start : start + 2]) for start in range(len(single))]
@@ -207,6 +219,7 @@ class _Leaves:
 
     def __init__(self, space: SpaceSize, formula: Formula, ledger: Ledger) -> None:
         self._space, self._ledger = space, ledger
+        self._updates = space.elementwise and (space.stage.shard_state or formula.world_size == 1)
         self._world_size, self._rank = formula.world_size, formula.rank
         self._padded = space.layout.padded_numel(formula.world_size)
         self._shard = space.layout.shard_numel(formula.world_size)
@@ -256,6 +269,12 @@ class _Leaves:
             self.tree.settle()
             self._ledger.spare(sent.values)
 
+    def update(self) -> None:
+        """The sum is used up in backward, if it can be."""
+        if self._updates and len(self.tree):
+            self.tree.total()
+            self.tree.clear()
+
     @property
     def moves_with(self) -> int | None:
         """The rule whose tensors are updated whole, all spaces at once, if it has that one."""
@@ -263,8 +282,10 @@ class _Leaves:
 
     def whole_sum(self) -> int:
         """Bytes of the gathered sum that stage 0 needs besides its kept leaf."""
+        if self._space.stage.shard_state or self._world_size == 1:
+            return 0
         total = self.tree.total().values
-        if self._space.stage.shard_state or self._world_size == 1 or total.dtype == self._space.precision.reduce:
+        if total.dtype == self._space.precision.reduce:
             return 0
         return self._padded * total.dtype.itemsize
 

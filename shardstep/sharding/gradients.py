@@ -9,7 +9,7 @@ summed locally.
 Nothing here knows about modules or optimizers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from shardstep.collectives import Group, Pending
 from shardstep.config import Schedule
 from shardstep.errors import ConfigError, RankMismatchError, SequenceError
 from shardstep.sharding.agreement import Act, Agreement
+from shardstep.sharding.early import EarlyUpdates
 from shardstep.sharding.memory import Ledger
 from shardstep.sharding.reduce import Partial
 from shardstep.sharding.scaler import Scaling
@@ -58,6 +59,8 @@ class Gradients:
         self.most_leaves = 0
         """The most backward passes that this rank has made in one step."""
         self.in_backward = False
+        self.early: EarlyUpdates | None = None
+        """What is told of each leaf where spaces are updated in backward."""
         self.unscaling = 1.0
         """What this step's gradients are multiplied by because the loss was scaled."""
         self._infinite: bool | None = None
@@ -66,6 +69,7 @@ class Gradients:
         self._group, self._ledger, self._agreement = group, ledger, agreement
         self._expected_leaves: int | None = None
         self._overlaps = overlaps
+        self._usual_leaves: int | None = None
         self._open: set[int] = set()
         self._turn = 0
         self._flights: list[_Flight] = []
@@ -84,8 +88,12 @@ class Gradients:
         """This rank's leaves of the step that begins: the schedule per step then sends with the last one."""
         self._expected_leaves = leaves
 
-    def begin_backward(self) -> None:
-        """Open the next leaf."""
+    def expect_always(self, leaves: int) -> None:
+        """The same for this step and all after it."""
+        self._expected_leaves = self._usual_leaves = leaves
+
+    def begin_backward(self, repeated: Set[int] = frozenset()) -> None:
+        """Open the next leaf; ``repeated``: see `EarlyUpdates.begin`."""
         if self._broken:
             raise SequenceError(
                 "expected optimizer.zero_grad() after a backward() that was left by an exception, got another "
@@ -97,11 +105,18 @@ class Gradients:
                 "expected optimizer.step() or optimizer.zero_grad() after the gradients were unscaled, read or set, "
                 "got another backward(): their sums are complete, and nothing can be added to them"
             )
+        refused = [] if self.early is None else self.early.begin(self._spaces, repeated, self.step, last=self._is_last)
         for space in self._spaces:
             space.withdraw_stand_ins()
-        self._agreement.announce(Act.BACKWARD, self.step, self.leaves)
+        self._agreement.announce(Act.BACKWARD, self.step, self.leaves, refused)
         self._open, self._turn = {space.tag for space in self._spaces}, 0
         self.in_backward, self._arrived = True, False
+
+    @property
+    def _is_last(self) -> bool:
+        """Whether the pass that begins completes a step that can be made."""
+        leaves = self.leaves + 1
+        return self._expected_leaves == leaves and not self._spent and self._is_complete_subtree(leaves)
 
     def prepare_step(self) -> None:
         """Forget what was zeroed, and raise if there is something else that a step cannot be made of."""
@@ -152,6 +167,12 @@ class Gradients:
     def _begin_leaf(self) -> None:
         self._arrived = True
         self._mixed = self._mixed or self._spent
+        if self.early is not None and self._expected_leaves is None:
+            raise ConfigError(
+                "expected to know a step's last micro-batch for update_in_backward=True, got a backward() of a loop "
+                "that does not say; take the micro-batches from sharded.micro_batches(), or call sharded.expect(n) "
+                "where each step has n of them on every rank"
+            )
 
     def end_backward(self) -> None:
         """Complete the leaves of spaces with unused parameters and wait for what is on its way.
@@ -162,6 +183,8 @@ class Gradients:
             self.scaling.reached = False
         if not self._arrived:
             self.in_backward = False
+            if self.early is not None:
+                self.early.end()
             for space in self._spaces:
                 space.return_stand_ins()
             return
@@ -170,9 +193,16 @@ class Gradients:
                 self._complete(space)
         self._land()
         self._ledger.drop_spare()
+        if self.early is not None:
+            self.early.end()
         self.leaves += 1
         self.most_leaves = max(self.most_leaves, self.leaves)
         self.in_backward = False
+
+    def check_nothing_updated(self, sentence: str) -> None:
+        """Raise a SequenceError if units were updated in backward: what this rank does must wait for step()."""
+        if self.early is not None:
+            self.early.check(sentence)
 
     def leave_backward(self) -> None:
         """The pass was left by an exception: what it has gathered cannot be used."""
@@ -195,6 +225,11 @@ class Gradients:
                 "expected one scaling of the loss, got torch.amp.GradScaler for a model with shard(loss_scale=...); "
                 "leave one out"
             )
+        if self.early is not None:
+            raise ConfigError(
+                "expected a loss without a scale for update_in_backward=True, got torch.amp.GradScaler, which has to "
+                "know of every overflow before anything is updated; leave one out"
+            )
         if self._infinite is None:
             self.announce(Act.UNSCALE)
             self._agreement.confirm()
@@ -207,13 +242,15 @@ class Gradients:
         self.check_complete_subtrees()
         self.finish()
         for space in self._spaces:
-            space.tree.total()
+            if not space.updated:
+                space.tree.total()
         self._settled = True
 
     @property
     def divisor(self) -> float:
         """What makes means, without the loss's scale, of the sums of all gradients."""
-        return self.leaves * self._group.size / self.unscaling
+        leaves = self.leaves + self.in_backward
+        return leaves * self._group.size / self.unscaling
 
     def announce(self, act: Act, flags: Sequence[bool] = ()) -> None:
         """Tell the other ranks what is done at this point of the loop."""
@@ -241,6 +278,7 @@ class Gradients:
 
     def discard(self) -> None:
         """Forget all leaves, and allow the next backward pass."""
+        self.check_nothing_updated("calls zero_grad()")
         if self.in_backward:
             self.leave_backward()
         self._forget()
@@ -253,6 +291,7 @@ class Gradients:
         if self.scaling is not None:
             self.scaling.scaler.update(left_out)
         self._forget()
+        self._expected_leaves = self._usual_leaves
         self.step += not left_out
         self._spent = True
 
@@ -260,9 +299,11 @@ class Gradients:
         self._agreement.confirm()
         self._land()
         self.in_backward = False
+        if self.early is not None:
+            self.early.forget()
         for space in self._spaces:
             space.drop_gradients()
-        self.leaves, self._expected_leaves = 0, None
+        self.leaves = 0
         self.unscaling, self._infinite, self._settled = 1.0, None, False
         if self.scaling is not None:
             self.scaling.end_step()
@@ -281,8 +322,11 @@ class Gradients:
         if any(flight.space.unit_name != space.unit_name for flight in self._flights):
             self._land()
         sent = space.local.hand_over()
+        if self.early is not None:
+            self.early.give(space)
         if self._group.size == 1:
             space.tree.push(sent.values, home=sent.home, level=sent.level)
+            self._landed(space)
             return
         received = [
             None if rank == self._group.rank else self._ledger.take("gradients", space.shard_numel, sent.values.dtype)
@@ -300,6 +344,11 @@ class Gradients:
         for flight in flights:
             flight.pending.wait()
             self._add(flight)
+            self._landed(flight.space)
+
+    def _landed(self, space: Space) -> None:
+        if self.early is not None:
+            self.early.landed(space)
 
     def _add(self, flight: _Flight) -> None:
         space, sent = flight.space, flight.sent
@@ -315,11 +364,14 @@ class Gradients:
 
     def check_complete_subtrees(self) -> None:
         """Per step, a rank's own sum must be a complete subtree of the tree over all leaves."""
-        if self.schedule == "per step" and self._group.size > 1 and self.leaves & (self.leaves - 1):
+        if not self._is_complete_subtree(self.leaves):
             raise ConfigError(
                 f"expected a power of two micro-batches on each rank for schedule='per step', got {self.leaves}; "
                 f"the local sums would not be complete parts of the fixed tree: use schedule='per leaf'"
             )
+
+    def _is_complete_subtree(self, leaves: int) -> bool:
+        return self.schedule == "per leaf" or self._group.size == 1 or not leaves & (leaves - 1)
 
 
 def _is_finite(values: Tensor) -> bool:

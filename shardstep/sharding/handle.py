@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from shardstep.collectives import Group, Traffic
 from shardstep.config import Schedule
+from shardstep.errors import ConfigError
 from shardstep.sharding.access import Access
 from shardstep.sharding.batches import BatchPlan, Collate, MapDataset, MicroBatch, micro_batches
 from shardstep.sharding.formula import Formula
@@ -92,6 +93,16 @@ class Sharded:
     def traffic(self) -> Traffic:
         """Bytes sent, calls and seconds waited since shard(), counted at the one door."""
         return self._group.traffic
+
+    def expect(self, micro_batches: int) -> None:
+        """Say how many backward passes this rank makes in each step from now on, in a loop of one's own.
+
+        Then the schedule 'per step' sends in the last one, and ``update_in_backward`` updates in it.
+        ``sharded.micro_batches`` says so itself. Raises ConfigError for what is no positive integer.
+        """
+        if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
+            raise ConfigError(f"expected a positive number of micro-batches in each step, got {micro_batches!r}")
+        self._gradients.expect_always(micro_batches)
 
     def add_entry(self, name: str) -> None:
         """Let a method of the model be called as the model itself is: ``sharded.add_entry("encode")``.

@@ -21,6 +21,7 @@ from shardstep.errors import CollectiveError
 from shardstep.sharding.agreement import Act, Agreement
 from shardstep.sharding.attached import Attached
 from shardstep.sharding.calls import Call, Calls, Live
+from shardstep.sharding.early import EarlyUpdates
 from shardstep.sharding.entrances import After, Before, rest_of_root
 from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.outputs import tensors_at, tensors_in, written_attributes
@@ -122,6 +123,8 @@ class Hooks:
         self._attached.check()
         if any(map(_communicates, self._units)):
             self._agreement.announce(Act.FORWARD, self._gradients.step, self._gradients.leaves)
+        else:
+            self._agreement.check(Act.FORWARD)
 
     def after_forward(self, module: nn.Module, output: Any) -> Any:
         """What the module returns instead; None for what it has returned."""
@@ -216,7 +219,10 @@ class Hooks:
         needed = {call.order, *self._calls.needs[call.order]}
         for order in needed:
             self._live.reached(order, call.start, task)
-        ahead = self._before(call.order) if self._units[call.order].has(call.module) else range(0)
+        ahead = range(0)
+        if call.reached_by != task and self._units[call.order].has(call.module):
+            call.reached_by = task  # later outputs may be from inside units that come long after those ahead
+            ahead = self._before(call.order)
         self._free_done(call, needed.union(ahead))
         self._gather(call.order, ahead, "backward")
 
@@ -226,6 +232,8 @@ class Hooks:
             task = torch._C._current_graph_task_id()
             for order in self._live.take_done(call, task, needed | self._pinned):
                 self._units[order].free()
+                if self._gradients.early is not None:
+                    self._gradients.early.done(self._units[order].spaces)
 
     def _arrival(self, order: int, space: Space, index: int) -> Callable[[Tensor], None]:
         gradients = self._gradients
@@ -240,10 +248,18 @@ class Hooks:
 
     def _enter_backward(self) -> None:
         if not self._gradients.in_backward:
-            self._gradients.begin_backward()
+            self._gradients.begin_backward(self._repeated())
             self._differentiable, self._task = False, torch._C._current_graph_task_id()
             self._live.begin_pass([order for order, unit in enumerate(self._units) if unit.is_whole])
             Variable._execution_engine.queue_callback(self._after_backward)
+
+    def _repeated(self) -> set[int]:
+        """The tags of spaces that may be needed again after all their gradients have arrived; all, if graphs stay."""
+        if self._gradients.early is None:
+            return set()
+        keeps_graph = self._kept or torch._C._autograd._get_current_graph_task_keep_graph()
+        repeated = range(len(self._units)) if keeps_graph else self._calls.repeated
+        return {space.tag for order in repeated for space in self._units[order].spaces}
 
     def _after_backward(self) -> None:
         self._gradients.end_backward()
@@ -266,6 +282,8 @@ class Hooks:
 
     def _gather(self, order: int, ahead: Iterable[int], direction: str) -> None:
         wanted = [order, *self._calls.needs[order]]
+        if self._gradients.early is not None and self._gradients.in_backward:
+            ahead = self._check_use(self._gradients.early, wanted, ahead)
         awaits = any(self._units[other].is_freed for other in wanted)
         if not awaits and not any(_communicates(self._units[other]) for other in (*wanted, *ahead)):
             return
@@ -286,6 +304,12 @@ class Hooks:
         except CollectiveError:
             self._lost = True  # what is on its way may never arrive: nothing must wait for it on the way out
             raise
+
+    def _check_use(self, early: EarlyUpdates, wanted: Iterable[int], ahead: Iterable[int]) -> list[int]:
+        """What may still be gathered ahead. Raises if what is needed now may have been updated."""
+        for order in wanted:
+            early.check_use(self._units[order].spaces)
+        return [order for order in ahead if not early.is_given(self._units[order].spaces)]
 
 
 def begins_backward(order: int, units: int, prefetch: int) -> bool:

@@ -7,9 +7,9 @@ time when they do, neither waits for them nor makes them wait. What has been tak
 
 A loan is of the memory, not of the values at the time. Whoever writes into shards has announced it, and confirmed that
 all ranks are there, so that nobody is still reading old values; and whoever takes has confirmed an announcement that
-its peers send only when they are done with writing. gloo reads memory when a message travels, and needs no call of the
-sender's; where messages must be posted on both sides at once (NCCL), nothing is lent, and all ranks gather the same
-units in the same order.
+its peers send only when they are done with writing. (Updates in backward know it otherwise: see the note in `early`.)
+gloo reads memory when a message travels, and needs no call of the sender's; where messages must be posted on both sides
+at once (NCCL), nothing is lent, and all ranks gather the same units in the same order.
 """
 
 from torch import Tensor

@@ -24,6 +24,7 @@ from shardstep.sharding.buffers import Buffers
 from shardstep.sharding.casts import Precisions
 from shardstep.sharding.clip import Clipping, clip_coefficient
 from shardstep.sharding.cut import check_cut
+from shardstep.sharding.early import EarlyUpdates, check_possible
 from shardstep.sharding.first_values import FromModel, Source
 from shardstep.sharding.formula import Formula, SpaceSize
 from shardstep.sharding.gradients import Gradients
@@ -60,6 +61,7 @@ def shard(
     overlap_grad_reduce: bool = True,
     overlap_param_gather: bool = False,
     prefetch: int = 1,
+    update_in_backward: bool = False,
     trace_nonfinite: bool = False,
     weights: str | Path | None = None,
     debug: str | None = None,
@@ -81,6 +83,10 @@ def shard(
     ``overlap_grad_reduce``: False has the schedule per step exchange gradients in optimizer.step(), and not earlier.
     ``overlap_param_gather``: at stages 1 and 2, optimizer.step() leaves updated parameters on their way; each unit's
     next forward waits for its own, and so does whatever else reads or writes them.
+    ``update_in_backward``: in the last backward() of a step, update each unit as soon as its gradients are whole and
+    give their memory back (the peak falls if a rank has one micro-batch a step); step() does the rest, and must follow.
+    The bits are the same. Not with clipping by the norm or a loss scale. Micro-batches come from
+    ``sharded.micro_batches``, or ``sharded.expect`` tells their number.
     ``trace_nonfinite``: a step that makes an infinity or NaN raises NonFiniteUpdateError, which names the parameter,
     the element, the rank and the line of the rule; for debugging, since it copies what is updated.
     ``weights``: a .safetensors file, an index of several, or a folder with either, to begin with instead of what the
@@ -96,6 +102,8 @@ def shard(
     scaler = scaler_of(loss_scale)
     device = _one_device(model)
     check_meta(model, weights is not None)
+    if update_in_backward:
+        check_possible(optimizer, clip_norm, loss_scale)
     _check_ownership(model, optimizer)
     precisions = Precisions(model, precision)
     plans = plan_units(model, units, stage, precisions.of, optimizer.rule_of)
@@ -112,6 +120,7 @@ def shard(
         "clip_value": clip_value,
         "clipping by the optimizer": optimizer.clip is not None,
         "loss_scale": repr(scaler),
+        "update_in_backward": update_in_backward,
         "trace_nonfinite": trace_nonfinite,
         "debug": debug,
     }
@@ -153,6 +162,8 @@ def shard(
         ledger,
         overlap_param_gather,
     )
+    if update_in_backward:
+        gradients.early = EarlyUpdates(step, optimizer, agreement, ranks.size)
     whole = Whole(model, built, gradients, agreement, ranks)
     for _, module in named_modules(model):
         setattr(module, ATTRIBUTE, whole)
@@ -162,7 +173,10 @@ def shard(
 
     def formula(own_leaves: int) -> Formula:
         sizes = [[_size(space, optimizer, order) for space in unit.spaces] for unit in built]
-        return Formula(sizes, ranks.size, own_leaves, prefetch, schedule_, ranks.rank, overlap_grad_reduce)
+        in_backward = gradients.early is not None
+        return Formula(
+            sizes, ranks.size, own_leaves, prefetch, schedule_, ranks.rank, overlap_grad_reduce, in_backward=in_backward
+        )
 
     access = Access(model, built, gradients, agreement, ranks)
     return Sharded(built, ranks, ledger, gradients, step, formula, seeds(model), hooks, access)
@@ -174,7 +188,17 @@ def _size(space: Space, optimizer: Optimizer | Combined, order: Mapping[str, int
     rule = optimizer.rule_of(space.parameters[0])
     states = [optimizer.states_of(parameter) for parameter in space.parameters]
     places = tuple(order[slot.name] for slot in space.layout.slots)
-    return SpaceSize(space.layout, space.precision, space.trained, space.stage, states, rule, travelling, places)
+    return SpaceSize(
+        space.layout,
+        space.precision,
+        space.trained,
+        space.stage,
+        states,
+        rule,
+        travelling,
+        places,
+        rule in optimizer.elementwise,
+    )
 
 
 def _build(plans: list[UnitPlan], group: Group, ledger: Ledger, source: Source) -> list[Unit]:

@@ -67,6 +67,8 @@ class Space:
         self.padded_numel = layout.padded_numel(group.size)
         self.steps = [0] * len(parameters)
         self.touched: set[int] = set()
+        self.updated = False
+        """Whether the update of this step was made in backward."""
         self.tree = Tree(ledger, precision.sums)
         self.local = Tree(ledger, precision.sums)
         self.state: dict[str, Tensor] = {}
@@ -298,6 +300,7 @@ class Space:
         self._standing |= self._written
         self._written.clear()
         self.touched.clear()
+        self.updated = False
         self.tree.clear()
         self.local.clear()
 

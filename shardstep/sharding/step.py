@@ -10,6 +10,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from shardstep.collectives import Group, Pending
+from shardstep.errors import RuleError
 from shardstep.optim import Combined, Optimizer
 from shardstep.sharding.access import check_writable
 from shardstep.sharding.agreement import Act, Agreement
@@ -23,8 +24,8 @@ from shardstep.sharding.ownership import Gathering, Place
 from shardstep.sharding.space import Space
 from shardstep.sharding.states import gather_states, scatter_states
 from shardstep.sharding.unfreezing import Unfreezing
-from shardstep.sharding.updates import Gradient, Run, SpaceUpdate, joined, neighbours, segment_of, tensors_of
-from shardstep.types import Batch, Segment, Whole
+from shardstep.sharding.updates import Gradient, SpaceUpdate, joined, neighbours, segment_of, tensors_of
+from shardstep.types import Batch, Segment, Update, Whole
 
 Publishing = list[tuple[Space, Pending]]
 """What is being published."""
@@ -70,20 +71,21 @@ class Step:
         publishing: Publishing = []
         single = [update for update in updates if update.rule not in whole]
         if single:
-            single[0].gradient = self._gradient(single[0].space)
+            self._begin_gradient(single[0])
         for update, following in zip(single, [*single[1:], None], strict=False):
             if following is not None:
-                following.gradient = self._gradient(following.space)
-            runs = tensors_of(update.space, update.keys) if per_tensor else neighbours(update.space, update.keys)
-            self._cut(update, runs)
-            yield Batch(update.segments, update.tensors, update.combination)
-            publishing += self._finish(update)
+                self._begin_gradient(following)
+            if not update.made:
+                self._cut(update, per_tensor)
+                yield Batch(update.segments, update.tensors, update.combination)
+                self._finish(update)
+            publishing += self._publish(update.space, f"publishing step {self._gradients.step}")
         for rule in sorted(whole):
             together = [update for update in updates if update.rule == rule]
             for update in together:
-                update.gradient = self._gradient(update.space)
+                self._begin_gradient(update)
             for update in together:
-                self._cut(update, tensors_of(update.space, update.keys))
+                self._cut(update, per_tensor=True)
             owners = self._owners(together) if self._group.size > 1 else None
             segments = [segment for update in together for segment in update.segments]
             tensors = [tensor for update in together for tensor in update.tensors]
@@ -91,9 +93,37 @@ class Step:
             if owners is not None:
                 owners.release()
             for update in together:
-                publishing += self._finish(update)
+                self._finish(update)
+                publishing += self._publish(update.space, f"publishing step {self._gradients.step}")
         if updates:
             self._end(publishing)
+
+    # - one space in backward
+
+    def is_computable(self) -> bool:
+        """Whether the hyper-parameters have values in the rules, whatever is going to be touched."""
+        groups = self._group_of_each()
+        try:
+            for space in self._spaces:
+                own = zip(space.parameters, space.steps, space.layout.slots, strict=True)
+                known = [(groups.get(id(parameter)), steps, slot.shape) for parameter, steps, slot in own]
+                tensors = [Update(group, steps + 1, shape) for group, steps, shape in known if group is not None]
+                self._optimizer.check_update(tensors)
+        except RuleError:
+            return False
+        return True
+
+    def update(self, space: Space) -> None:
+        """Update a space before step(), and give its gradient back; `EarlyUpdates` says when. step() publishes it."""
+        update = self._update(space, self._group_of_each())
+        total = space.tree.total().values
+        update.gradient, update.scale = Gradient(total, None, taken=False), self._clipped([total])
+        self._cut(update, self._optimizer.elementwise[update.rule])
+        self._optimizer.update(Batch(update.segments, update.tensors, update.combination))
+        self._finish(update)
+        space.tree.clear()
+
+    # - between steps
 
     def between_steps(self, call: Literal["train()", "eval()"]) -> Iterator[list[tuple[nn.Parameter, Segment]]]:
         """What this rank owns of each parameter that has been updated, space by space; published as after a step."""
@@ -155,11 +185,14 @@ class Step:
         self._agree()
         if not self._gradients.leaves:
             return []
+        if self._gradients.early is not None:
+            self._gradients.early.check_hypers()
         updates = [self._update(space, groups) for space in self._spaces]
-        for update in updates:
+        remaining = [update for update in updates if not update.made]
+        for update in remaining:
             self._optimizer.check_update(update.tensors)
         self._gradients.settle()
-        scale = self._scale()
+        scale = self._scale([update.space for update in remaining])
         if scale is None:
             self._leave_out()
             return []
@@ -177,10 +210,11 @@ class Step:
     def _update(self, space: Space, groups: dict[int, int]) -> SpaceUpdate:
         keys = self._keys(space, groups)
         combination = Combination(space, keys, self._group, self._gradients.step)
-        return SpaceUpdate(space, self._rules[space.tag], keys, combination)
+        return SpaceUpdate(space, self._rules[space.tag], keys, combination, space.updated)
 
-    def _cut(self, update: SpaceUpdate, runs: Iterator[Run]) -> None:
+    def _cut(self, update: SpaceUpdate, per_tensor: bool) -> None:
         """Make the segments of an update."""
+        runs = tensors_of(update.space, update.keys) if per_tensor else neighbours(update.space, update.keys)
         values = update.wait()
         update.space.arrive()  # if no forward has used it: peers may still be taking what is about to be overwritten
         update.segments = [
@@ -189,8 +223,8 @@ class Step:
         if self._trace is not None:
             self._trace.remember(update.space, update.segments)
 
-    def _finish(self, update: SpaceUpdate) -> Publishing:
-        """Count steps, give back what an update needed, and begin to publish what it made."""
+    def _finish(self, update: SpaceUpdate) -> None:
+        """Count steps, and give back what an update needed."""
         space = update.space
         for index in space.touched:
             space.steps[index] += 1
@@ -198,7 +232,6 @@ class Step:
             self._trace.look(space, update.segments)
         if update.gradient is not None and update.gradient.taken:
             self._ledger.give("gradients", update.gradient.values)
-        return self._publish(space, f"publishing step {self._gradients.step}")
 
     def _publish(self, space: Space, phase: str) -> Publishing:
         """Begin to send what this rank has changed to those that keep the parameters whole."""
@@ -250,29 +283,38 @@ class Step:
         self._agreement.announce(act, self._gradients.step, self._gradients.leaves)
         self._agreement.confirm()
 
-    def _scale(self) -> float | None:
+    def _scale(self, spaces: Sequence[Space]) -> float | None:
         """The one factor of this step's gradient sums: their mean, without the loss's scale, clipped.
 
         None where a loss scaler has the step left out because they have overflowed.
         """
         gradients, group = self._gradients, self._group
-        leaves = gradients.divisor
-        runs = [(space, space.tree.total().values) for space in self._spaces]
+        runs = [(space, space.tree.total().values) for space in spaces]
         norm = None if self._clipping.by_norm is None else global_norm(runs, group, gradients.step)
-        self.grad_norm = None if norm is None else norm / leaves
+        self.grad_norm = None if norm is None else norm / gradients.divisor
         if gradients.scaling is not None:
             finite = gradients.are_finite() if norm is None else math.isfinite(norm)
             if gradients.overflowed(not finite, gradients.scaling):
                 return None
         elif norm is not None:
             check_finite(norm, runs, group, gradients.step)
+        return self._clipped([values for _, values in runs])
+
+    def _clipped(self, runs: list[Tensor]) -> float:
+        """Clip by value, where the step does so; the factor that makes clipped means of these sums."""
+        leaves = self._gradients.divisor
         if self._clipping.value is not None:
-            clip_values([values for _, values in runs], self._clipping.value * leaves)
+            clip_values(runs, self._clipping.value * leaves)
         return self._clipping.factor(self.grad_norm) / leaves
 
     def _group_of_each(self) -> dict[int, int]:
         groups = enumerate(self._optimizer.param_groups)
         return {id(parameter): index for index, group in groups for parameter in group["params"]}
+
+    def _begin_gradient(self, update: SpaceUpdate) -> None:
+        """Begin to gather the gradient that an update is made with."""
+        if not update.made:
+            update.gradient = self._gradient(update.space)
 
     def _gradient(self, space: Space) -> Gradient:
         """The gradient sum over what this rank owns: its run, or the whole where the state is not sharded."""

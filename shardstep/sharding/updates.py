@@ -33,12 +33,15 @@ class Gradient:
 
 @dataclass
 class SpaceUpdate:
-    """A space that is updated. ``rule``: the number of its rule; ``scale``: what its gradient is multiplied by."""
+    """A space that is updated. ``rule``: the number of its rule; ``scale``: what its gradient is multiplied by;
+    ``made``: whether it was updated in backward.
+    """
 
     space: Space
     rule: int
     keys: list[Key]
     combination: Combination
+    made: bool = False
     scale: float = 1.0
     gradient: Gradient | None = None
     segments: list[Segment] = field(default_factory=list)

@@ -41,6 +41,10 @@ class Whole(NotCopied):
         self._agreement.announce(act, self._gradients.step, self._gradients.leaves)
         self._agreement.confirm()
 
+    def check_nothing_updated(self, sentence: str) -> None:
+        """Raise a SequenceError if some parameters are those before a step and others those after it."""
+        self._gradients.check_nothing_updated(sentence)
+
     def units_of(self, module: nn.Module) -> list[Unit]:
         """The units that own any parameter of ``module``."""
         wanted = {id(parameter) for parameter in module.parameters()}
@@ -95,7 +99,7 @@ class Whole(NotCopied):
         return own
 
     def _copy_freed(self, state: dict[str, Any]) -> None:
-        """Replace the entries of a state dict that are about to be freed by copies."""
+        """Replace the entries of a state dict that are about to be freed by copies; tied ones stay one tensor."""
         freed_soon = {
             parameter.data_ptr()
             for unit in self.units
@@ -103,9 +107,11 @@ class Whole(NotCopied):
             for space in unit.spaces
             for parameter in space.parameters
         }
+        copies: dict[tuple[int, torch.Size], Tensor] = {}
         for key, value in state.items():
             if isinstance(value, Tensor) and value.data_ptr() in freed_soon:
-                state[key] = value.detach().clone()
+                place = value.data_ptr(), value.shape
+                copies[place] = state[key] = copies[place] if place in copies else value.detach().clone()
         self.release(self.units)
 
 

@@ -301,6 +301,7 @@ def test_buffers_keep_their_dtype():
         ),
         ({"*": "bf16"}, r"name patterns with one each, .* got 'bf16' for module ''"),
         (lambda name, module: 16, "got 16 for module ''"),
+        ({"blocks.*.nrom": WIDE, "*": LOW}, r"to match a module of Tied, but 'blocks.\*.nrom' matches none"),
     ],
 )
 def test_precisions_that_have_no_meaning(precision, text):

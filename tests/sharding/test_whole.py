@@ -238,6 +238,12 @@ def test_a_state_dict_is_a_copy_where_the_parameters_are_freed():
     assert_equal(state, before)
 
 
+def test_tied_weights_are_one_tensor_in_a_state_dict():
+    state = sharded_run(3)[0].state_dict()
+    assert state["head.weight"].data_ptr() == state["embed.weight"].data_ptr()
+    assert len({values.data_ptr() for values in state.values()}) == len(state) - 1
+
+
 def loaded_back(stage: Any) -> tuple[str, str, str]:
     model, optimizer, sharded = sharded_run(stage)
     saved, wanted = {name: values.clone() for name, values in model.state_dict().items()}, ss.digest(model, optimizer)

@@ -307,6 +307,32 @@ OUTPUTS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+class Caching(Stack):
+    """Gives out what blocks compute inside them, as caches of attention and hidden states are given out."""
+
+    def __init__(self) -> None:
+        super().__init__(CachingBlock)
+
+    def forward(self, x: Tensor, number: int = 0) -> tuple[Tensor, list[Tensor]]:
+        self._cache: list[Tensor] = []
+        return super().forward(x, number), self._cache
+
+    def run(self, block: nn.Module, x: Tensor) -> Tensor:
+        return block(x, self._cache)
+
+
+class CachingBlock(Block):
+    def forward(self, x: Tensor, cache: list[Tensor]) -> Tensor:
+        inside = torch.tanh(self.up(x))
+        cache.append(inside)
+        return x + self.down(inside)
+
+
+def loss_of_cached(model: nn.Module, number: int) -> Tensor:
+    loss, cache = model(batch(number), number)
+    return loss + cache[1].sin().mean()
+
+
 HIDDEN = ("object", "closure")
 """Those that DistributedDataParallel does not look into."""
 
@@ -546,6 +572,7 @@ ZOO: dict[str, Entry] = {
         )
         for kind in OUTPUTS
     },
+    "outputs: from inside blocks": Entry(Caching, partial(summed, loss_of_cached), exact=True),
     "losses in attributes": Entry(partial(Stack, Router), partial(summed, loss_with_extras), ddp=False, prefetch=0),
     **{
         f"checkpoints {'around' if around else 'inside'} units, {'' if reentrant else 'not '}reentrant": Entry(
