@@ -57,7 +57,7 @@ class Formula:
     prefetch: int
     schedule: Schedule
     rank: int
-    overlap_grad_reduce: bool
+    overlap_grad_reduce: bool = True
     averages: int = 0
     in_backward: bool = False
 

@@ -103,6 +103,8 @@ def test_all_flags_give_the_bits_of_the_one_rank_run(ranks, world_size, kind):
     runs: list[dict[str, Any]] = [dict(ss.megatron(**flags)) for flags in FLAGS]
     runs += [{**ss.megatron(), "schedule": "per step"}]
     runs += [{"stage": stage, "overlap_param_gather": True, "prefetch": 2} for stage in (2, MIXED)]
+    if kind != "fp16":  # which has a loss scale
+        runs += [{**ss.megatron(overlap_grad_reduce=g), "update_in_backward": True} for g in (True, False)]
     runs = [{**run, "precision": PRECISIONS[kind]} for run in runs]
     for digests in ranks(world_size).run(digests_of_runs, runs):
         assert [run for run, digest in zip(runs, digests, strict=True) if digest != reference(kind)] == []
@@ -162,6 +164,7 @@ def test_gradients_travel_in_backward_or_not_before_the_step(ranks):
 def formula_runs(leaves: tuple[int, ...], precision: ss.Precision | None) -> list[tuple[int, dict[str, Any]]]:
     runs: list[dict[str, Any]] = [{**ss.megatron(overlap_grad_reduce=g), "precision": precision} for g in (True, False)]
     runs += [{"stage": 2, "overlap_param_gather": True}, {"stage": 0, **NO_OVERLAP}]
+    runs += [{**run, "update_in_backward": True} for run in runs[:2]]
     return [(own, run) for run in runs for own in leaves]
 
 
