@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from shardstep.config import Precision, PrecisionChoice, matches
 from shardstep.errors import ConfigError
 from shardstep.sharding.modules import named_children, own_parameters
-from shardstep.sharding.nested import mapped
+from shardstep.sharding.nested import in_dtype, mapped
 
 
 class Precisions:
@@ -115,4 +115,4 @@ class _Border:
         dtype = self._given.pop() if self._given else None
         if dtype is None or output is None:  # nothing to go by, or an exception on its way
             return None
-        return mapped(output, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+        return in_dtype(output, dtype)

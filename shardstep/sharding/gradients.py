@@ -1,8 +1,7 @@
 """From a parameter's ``.grad`` to the sum of all leaves on the rank that owns it.
 
 A leaf is filled as autograd delivers gradients. When the last one of a space is there, its runs travel to
-their owners while backward goes on with the next unit; the exchanges of one unit are on their way at a time, and
-are added to the owner's tree before those of the next begin. Exchanges begin in one order on all ranks, from the
+their owners (`exchange`) while backward goes on with the next unit. Exchanges begin in one order on all ranks, from the
 last unit to the first and the root's at the end: a leaf that is complete before its turn waits, so that ranks which
 use different parameters do not wait for one another in a circle. Under the schedule per step, leaves are first
 summed locally.
@@ -10,31 +9,20 @@ Nothing here knows about modules or optimizers.
 """
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from shardstep.collectives import Group, Pending
+from shardstep.collectives import Group
 from shardstep.config import Schedule
 from shardstep.errors import ConfigError, RankMismatchError, SequenceError
 from shardstep.sharding.agreement import Act, Agreement
 from shardstep.sharding.early import EarlyUpdates
+from shardstep.sharding.exchange import Exchanges
 from shardstep.sharding.memory import Ledger
-from shardstep.sharding.reduce import Partial
 from shardstep.sharding.scaler import Scaling
 from shardstep.sharding.space import Space
 from shardstep.sharding.stand_in import StandIn
-
-
-@dataclass
-class _Flight:
-    """An exchange on its way: what this rank sends, and what it receives from each peer."""
-
-    space: Space
-    sent: Partial
-    received: list[Tensor | None]
-    pending: Pending
 
 
 class Gradients:
@@ -72,7 +60,7 @@ class Gradients:
         self._usual_leaves: int | None = None
         self._open: set[int] = set()
         self._turn = 0
-        self._flights: list[_Flight] = []
+        self._exchanges = Exchanges(group, ledger, agreement, self._landed)
         self.collect(spaces)
 
     def collect(self, spaces: list[Space]) -> None:
@@ -191,7 +179,7 @@ class Gradients:
         for space in self._turns:
             if space.tag in self._open:
                 self._complete(space)
-        self._land()
+        self._exchanges.land()
         self._ledger.drop_spare()
         if self.early is not None:
             self.early.end()
@@ -215,7 +203,7 @@ class Gradients:
         for space in self._turns:
             if len(space.local):
                 self._launch(space)
-        self._land()
+        self._exchanges.land()
         self._ledger.drop_spare()
 
     def unscale(self, factor: float) -> bool:
@@ -297,7 +285,7 @@ class Gradients:
 
     def _forget(self) -> None:
         self._agreement.confirm()
-        self._land()
+        self._exchanges.land()
         self.in_backward = False
         if self.early is not None:
             self.early.forget()
@@ -318,49 +306,13 @@ class Gradients:
             self._turn += 1
 
     def _launch(self, space: Space) -> None:
-        """Begin to exchange this rank's sum of own leaves for the others' sums over this rank's run."""
-        if any(flight.space.unit_name != space.unit_name for flight in self._flights):
-            self._land()
-        sent = space.local.hand_over()
         if self.early is not None:
             self.early.give(space)
-        if self._group.size == 1:
-            space.tree.push(sent.values, home=sent.home, level=sent.level)
-            self._landed(space)
-            return
-        received = [
-            None if rank == self._group.rank else self._ledger.take("gradients", space.shard_numel, sent.values.dtype)
-            for rank in range(self._group.size)
-        ]
-        label = f"exchange of the gradients of {space.where} in step {self.step}"
-        pending = self._group.exchange(sent.values, received, tag=2 * space.tag + 1, label=label)
-        self._flights.append(_Flight(space, sent, received, pending))
-
-    def _land(self) -> None:
-        """Wait for the exchanges on their way and add their leaves, in rank order, to the trees of this rank's runs."""
-        if self._flights:
-            self._agreement.confirm()
-        flights, self._flights = self._flights, []
-        for flight in flights:
-            flight.pending.wait()
-            self._add(flight)
-            self._landed(flight.space)
+        self._exchanges.launch(space, self.step)
 
     def _landed(self, space: Space) -> None:
         if self.early is not None:
             self.early.landed(space)
-
-    def _add(self, flight: _Flight) -> None:
-        space, sent = flight.space, flight.sent
-        own = sent.values.chunk(self._group.size)[self._group.rank]
-        for values in flight.received:
-            if values is not None:
-                space.tree.push(values, home="tree", level=sent.level)
-            else:
-                space.tree.push(own, home="kept" if sent.home == "kept" else "passing", level=sent.level)
-        if sent.home == "tree":
-            space.tree.settle()
-            self._ledger.spare(sent.values)
 
     def check_complete_subtrees(self) -> None:
         """Per step, a rank's own sum must be a complete subtree of the tree over all leaves."""

@@ -24,6 +24,7 @@ from shardstep.sharding.calls import Call, Calls, Live
 from shardstep.sharding.early import EarlyUpdates
 from shardstep.sharding.entrances import After, Before, rest_of_root
 from shardstep.sharding.gradients import Gradients
+from shardstep.sharding.nested import in_dtype
 from shardstep.sharding.outputs import tensors_at, tensors_in, written_attributes
 from shardstep.sharding.scaler import Scaling
 from shardstep.sharding.space import Space
@@ -108,7 +109,7 @@ class Hooks:
         if scaling is not None:
             args, kwargs = scaling.inputs(args, kwargs)
         if input_dtype is not None:
-            args, kwargs = _cast(args, input_dtype), _cast(kwargs, input_dtype)
+            args, kwargs = in_dtype((args, kwargs), input_dtype)
         return None if scaling is None and input_dtype is None else (args, kwargs)
 
     def _is_in_backward(self) -> bool:
@@ -324,14 +325,3 @@ def _has_memory(tensor: Tensor) -> bool:
 
 def _communicates(unit: Unit) -> bool:
     return any(space.communicates for space in unit.spaces)
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """The same arguments with floating-point tensors in ``dtype``; containers of other kinds stay as they are."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if type(value) in (list, tuple):
-        return type(value)(_cast(item, dtype) for item in value)
-    if type(value) is dict:
-        return {key: _cast(item, dtype) for key, item in value.items()}
-    return value

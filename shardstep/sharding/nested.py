@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -30,6 +31,11 @@ def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
         return value
 
     return visit(value)
+
+
+def in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """``value`` with its floating-point tensors in ``dtype``."""
+    return mapped(value, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
 def _with_items(value: Any, items: dict[Any, Any]) -> Any:
