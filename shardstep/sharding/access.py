@@ -63,10 +63,10 @@ class Access:
         """The whole mean gradient of the step, unscaled and not yet clipped; None if no rank has one."""
         space, index = self._trained(name)
         self._check_has_gradients(f"full_grad({name!r})")
-        if not self._begin(Act.READ_NAMED, ["grad", name], [index in space.touched]):
+        if not self._begin(Act.READ_NAMED, ["grad", name], [index in space.leaves.touched]):
             return None
         self._gradients.settle()
-        total = space.tree.total().values
+        total = space.leaves.tree.total().values
         flat = torch.empty(space.padded_numel, dtype=total.dtype, device=total.device)
         label = f"gather of {space.where} for reading the gradient of {name!r}"
         self._group.all_gather(flat, total, tag=2 * space.tag + 1, label=label).wait()
@@ -81,12 +81,12 @@ class Access:
         self._check_has_gradients(f"set_full_grad({name!r})")
         self._begin(Act.WRITE_NAMED, ["grad", name])
         self._gradients.settle()
-        total = space.tree.total().values
+        total = space.leaves.tree.total().values
         wide = torch.empty(0, dtype=torch.promote_types(total.dtype, torch.float32), device=total.device)
         run = slice(self._group.rank * space.shard_numel, (self._group.rank + 1) * space.shard_numel)
         own, given = _cut(space, index, run)
         total[own] = (self._from_rank_0(values, wide, name).view(-1)[given] * self._gradients.divisor).to(total.dtype)
-        space.touched.add(index)
+        space.leaves.touched.add(index)
 
     # - states
 

@@ -106,7 +106,7 @@ class EarlyUpdates:
 
     def landed(self, space: Space) -> None:
         """The sum of a space is whole, if this is the step's last pass."""
-        if self._is_allowed(space.tag) and len(space.touched) == len(space.parameters):
+        if self._is_allowed(space.tag) and len(space.leaves.touched) == len(space.parameters):
             self._whole[space.tag] = space
             self._update([space])
 
@@ -140,7 +140,7 @@ class EarlyUpdates:
                     continue  # step() says why, before it has changed anything
                 self._hypers = _hypers(self._optimizer.param_groups)
             self._updater.update(space)
-            space.updated = True
+            space.leaves.updated = True
             increment_version(space.parameters)
 
     # - what may not follow
@@ -152,7 +152,7 @@ class EarlyUpdates:
     def check_use(self, spaces: Sequence[Space]) -> None:
         """Raise a SequenceError if backward needs the old values of these after they were let go."""
         for space in spaces:
-            if space.updated or (space.tag in self._given and not space.is_whole):
+            if space.leaves.updated or (space.tag in self._given and not space.is_whole):
                 raise SequenceError(
                     f"expected backward to be done with {space.where} when all its gradients had arrived, but it is "
                     f"used again in the same pass, after it was updated; train this model without update_in_backward"

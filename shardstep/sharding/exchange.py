@@ -37,9 +37,9 @@ class Exchanges:
         """Begin to exchange this rank's sum of own leaves for the others' sums over this rank's run."""
         if any(flight.space.unit_name != space.unit_name for flight in self._flights):
             self.land()
-        sent = space.local.hand_over()
+        sent = space.leaves.local.hand_over()
         if self._group.size == 1:
-            space.tree.push(sent.values, home=sent.home, level=sent.level)
+            space.leaves.tree.push(sent.values, home=sent.home, level=sent.level)
             self._landed(space)
             return
         received = [
@@ -65,9 +65,9 @@ class Exchanges:
         own = sent.values.chunk(self._group.size)[self._group.rank]
         for values in flight.received:
             if values is not None:
-                space.tree.push(values, home="tree", level=sent.level)
+                space.leaves.tree.push(values, home="tree", level=sent.level)
             else:
-                space.tree.push(own, home="kept" if sent.home == "kept" else "passing", level=sent.level)
+                space.leaves.tree.push(own, home="kept" if sent.home == "kept" else "passing", level=sent.level)
         if sent.home == "tree":
-            space.tree.settle()
+            space.leaves.tree.settle()
             self._ledger.spare(sent.values)

@@ -65,10 +65,10 @@ class Gradients:
 
     def collect(self, spaces: list[Space]) -> None:
         """Collect the gradients of these spaces from the next step on; the root's come first among them."""
-        for space in (space for space in spaces if not space.stand_ins):
+        for space in (space for space in spaces if not space.leaves.stand_ins):
             names = [slot.name for slot in space.layout.slots]
             pairs = zip(space.parameters, names, strict=True)
-            space.stand_ins = [StandIn(parameter, name, self.unscale) for parameter, name in pairs]
+            space.leaves.stand_ins = [StandIn(parameter, name, self.unscale) for parameter, name in pairs]
         root = [space for space in spaces if not space.unit_name]
         self._spaces, self._turns = spaces, [*reversed(spaces[len(root) :]), *root]
 
@@ -95,7 +95,7 @@ class Gradients:
             )
         refused = [] if self.early is None else self.early.begin(self._spaces, repeated, self.step, last=self._is_last)
         for space in self._spaces:
-            space.withdraw_stand_ins()
+            space.leaves.withdraw_stand_ins()
         self._agreement.announce(Act.BACKWARD, self.step, self.leaves, refused)
         self._open, self._turn = {space.tag for space in self._spaces}, 0
         self.in_backward, self._arrived = True, False
@@ -117,7 +117,9 @@ class Gradients:
 
     def _discard_what_was_zeroed(self) -> None:
         """Whoever sets ``p.grad`` to None, as model.zero_grad() does, means the gradient that it stands for."""
-        given, there = (sum(counts) for counts in zip(*(space.standing() for space in self._spaces), strict=True))
+        given, there = (
+            sum(counts) for counts in zip(*(space.leaves.standing() for space in self._spaces), strict=True)
+        )
         if given and not there:
             self.discard()
         elif there < given:
@@ -149,7 +151,7 @@ class Gradients:
             self._check_scaled(self.scaling)
         if not self._arrived:
             self._begin_leaf()
-        if space.write_leaf(index) and not in_parts:
+        if space.leaves.write(index) and not in_parts:
             self._complete(space)
 
     def _begin_leaf(self) -> None:
@@ -174,7 +176,7 @@ class Gradients:
             if self.early is not None:
                 self.early.end()
             for space in self._spaces:
-                space.return_stand_ins()
+                space.leaves.return_stand_ins()
             return
         for space in self._turns:
             if space.tag in self._open:
@@ -201,7 +203,7 @@ class Gradients:
     def finish(self) -> None:
         """Send what the schedule per step has kept back."""
         for space in self._turns:
-            if len(space.local):
+            if len(space.leaves.local):
                 self._launch(space)
         self._exchanges.land()
         self._ledger.drop_spare()
@@ -230,8 +232,8 @@ class Gradients:
         self.check_complete_subtrees()
         self.finish()
         for space in self._spaces:
-            if not space.updated:
-                space.tree.total()
+            if not space.leaves.updated:
+                space.leaves.tree.total()
         self._settled = True
 
     @property
@@ -246,7 +248,7 @@ class Gradients:
 
     def are_finite(self) -> bool:
         """Whether the sums of all gradients are, on this rank."""
-        return all(map(_is_finite, (space.tree.total().values for space in self._spaces)))
+        return all(map(_is_finite, (space.leaves.tree.total().values for space in self._spaces)))
 
     def overflowed(self, here: bool, scaling: Scaling) -> bool:
         """Whether any rank has gradients that are not finite under the loss's scale. Collective."""
@@ -271,7 +273,7 @@ class Gradients:
             self.leave_backward()
         self._forget()
         for space in self._spaces:
-            space.drop_stand_ins()
+            space.leaves.drop_stand_ins()
         self._spent = self._mixed = self._broken = False
 
     def spend(self, *, left_out: bool = False) -> None:
@@ -290,7 +292,7 @@ class Gradients:
         if self.early is not None:
             self.early.forget()
         for space in self._spaces:
-            space.drop_gradients()
+            space.leaves.drop()
         self.leaves = 0
         self.unscaling, self._infinite, self._settled = 1.0, None, False
         if self.scaling is not None:
@@ -298,7 +300,7 @@ class Gradients:
 
     def _complete(self, space: Space) -> None:
         self._open.discard(space.tag)
-        space.close_leaf()
+        space.leaves.close()
         if self.schedule == "per step" and not (self._overlaps and self._expected_leaves == self.leaves + 1):
             return
         while self._turn < len(self._turns) and self._turns[self._turn].tag not in self._open:

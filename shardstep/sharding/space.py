@@ -9,23 +9,18 @@
                             in; scales of 8-bit states have one entry for each 256 elements;
                             what is kept tensor by tensor is in `tensor_states`.
     averages owned numel    one buffer per `shardstep.Average` of the model, in what the rule computes in.
-    leaf     padded numel   the gradient of the current micro-batch; kept between steps below stage 2.
-    tree     shard numel    partial sums of all ranks' leaves over this rank's run.
-    local    padded numel   partial sums of this rank's own leaves (schedule per step).
 
-A space gathers, frees and holds; when to do so is decided in `hooks` and `step`.
+Its gradients are `leaves`. A space gathers, frees and holds; when to do so is decided in `hooks` and `step`.
 """
 
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from hashlib import blake2b
-from operator import attrgetter, is_
 
 import torch
 from torch import Tensor, nn
 
 from shardstep.collectives import Group, Pending
 from shardstep.config import Precision, Stage
-from shardstep.errors import SequenceError
 from shardstep.layout import Layout, Slot
 from shardstep.optim.states import begin
 from shardstep.rules.binding import scales_among, stored_arrays
@@ -33,11 +28,10 @@ from shardstep.rules.ir import State
 from shardstep.sharding.arriving import ArrivingParameter
 from shardstep.sharding.first_values import Source, put
 from shardstep.sharding.freed import FreedParameter
+from shardstep.sharding.leaves import Leaves
 from shardstep.sharding.loans import Loan
 from shardstep.sharding.memory import Ledger
 from shardstep.sharding.ownership import Place
-from shardstep.sharding.reduce import Tree
-from shardstep.sharding.stand_in import StandIn
 from shardstep.sharding.tensor_states import States, TensorStates, in_all, in_some
 from shardstep.types import SCALED_NUMEL
 
@@ -66,11 +60,7 @@ class Space:
         self.shard_numel = layout.shard_numel(group.size)
         self.padded_numel = layout.padded_numel(group.size)
         self.steps = [0] * len(parameters)
-        self.touched: set[int] = set()
-        self.updated = False
-        """Whether the update of this step was made in backward."""
-        self.tree = Tree(ledger, precision.sums)
-        self.local = Tree(ledger, precision.sums)
+        self.leaves = Leaves(layout, parameters, self.padded_numel, precision, ledger)
         self.state: dict[str, Tensor] = {}
         self.averages: list[Tensor] = []
         self.declared: tuple[State, ...] = ()
@@ -89,16 +79,9 @@ class Space:
         self.loan: Loan | None = None
         """Where a shard of the parameters is lent to the peers."""
         self._gathering: Pending | None = None
-        self._leaf: Tensor | None = None
-        self._kept_leaf: Tensor | None = None
-        self._written: set[int] = set()
         self._kept_values: Tensor | None = None
         self.seed = _seed_of(precision, layout)
         """Of the noise that new parameters are rounded with."""
-        self.stand_ins: list[StandIn] = []
-        """For each parameter, its ``.grad`` from backward to zero_grad(); empty while nothing is trained."""
-        self._standing: set[int] = set()
-        """The parameters that have been given theirs."""
         self._place(source)
         self.places: list[Place] = []
         """Where each parameter is put together, if its rule has matrix products."""
@@ -139,7 +122,7 @@ class Space:
         if precision.master != precision.params:
             self.master = take("state", self.values.numel(), precision.master).copy_(first)
         if not self.stage.shard_grads:
-            self._kept_leaf = take("gradients", self.padded_numel, precision.reduce).zero_()
+            self.leaves.keep_buffer()
 
     def lend(self, tag: int) -> Loan:
         """Let the peers take this rank's shard from now on."""
@@ -245,93 +228,6 @@ class Space:
             unchanged = self.master.to(own.dtype) == own
             torch.where(unchanged, self.master, own.to(self.master.dtype), out=self.master)
 
-    # - gradients: one leaf at a time
-
-    def write_leaf(self, index: int) -> bool:
-        """Move parameter ``index``'s ``.grad`` into the leaf, or add it there; True when none is missing."""
-        parameter, slot = self.parameters[index], self.layout.slots[index]
-        leaf = self._open_leaf()
-        grad = parameter.grad
-        if grad is None:
-            raise SequenceError(
-                f"expected the gradient of {slot.name!r} in .grad when autograd has accumulated it, got None: a hook "
-                f"that was registered before shard() took it away; leave it there, and let optimizer.step() update"
-            )
-        part = leaf[slot.offset : slot.end].view(slot.shape)
-        values = grad.hand_over() if isinstance(grad, StandIn) else grad
-        (part.add_ if index in self._written else part.copy_)(values)
-        parameter.grad = self.stand_ins[index]
-        self._written.add(index)
-        return len(self._written) == len(self.parameters)
-
-    def close_leaf(self) -> None:
-        """Complete the leaf with zeros and add it to this rank's own leaves."""
-        leaf = self._open_leaf()
-        for index in set(range(len(self.parameters))) - self._written:
-            slot = self.layout.slots[index]
-            leaf[slot.offset : slot.end].zero_()
-        self.return_stand_ins(self._standing - self._written)
-        self.touched |= self._written
-        self._standing |= self._written
-        self._written, self._leaf = set(), None
-        self.local.push(leaf, home="kept" if leaf is self._kept_leaf else "tree")
-
-    def _open_leaf(self) -> Tensor:
-        if self._leaf is None:
-            if self._kept_leaf is not None:
-                self.tree.settle()
-                self.local.settle()
-                self._leaf = self._kept_leaf
-            else:
-                self._leaf = self._ledger.take("gradients", self.padded_numel, self.precision.reduce)
-                for start, end in (*self.layout.gaps, (self.layout.numel, self.padded_numel)):
-                    self._leaf[start:end].zero_()
-        return self._leaf
-
-    def kept_leaf(self, dtype: torch.dtype) -> Tensor | None:
-        """The leaf buffer that is kept between steps, if there is one of this dtype."""
-        return self._kept_leaf if self._kept_leaf is not None and self._kept_leaf.dtype == dtype else None
-
-    def drop_gradients(self) -> None:
-        """Forget every leaf and partial sum."""
-        if self._leaf is not None and self._leaf is not self._kept_leaf:
-            self._ledger.give("gradients", self._leaf)
-        self._leaf = None
-        self._standing |= self._written
-        self._written.clear()
-        self.touched.clear()
-        self.updated = False
-        self.tree.clear()
-        self.local.clear()
-
-    def drop_stand_ins(self) -> None:
-        """Leave no parameter a gradient."""
-        with torch._C.DisableTorchFunctionSubclass():  # or freed parameters would look at each access
-            for parameter, stand_in in zip(self.parameters, self.stand_ins, strict=True):
-                parameter.grad = stand_in.arrived = None
-        self._standing.clear()
-
-    def withdraw_stand_ins(self) -> None:
-        """Let autograd begin new gradients, but for what has arrived already."""
-        with torch._C.DisableTorchFunctionSubclass():
-            for index in self._standing:
-                parameter, stand_in = self.parameters[index], self.stand_ins[index]
-                if parameter.grad is stand_in and stand_in.arrived is None:
-                    parameter.grad = None
-
-    def return_stand_ins(self, indices: Set[int] | None = None) -> None:
-        """Let parameters that autograd has given nothing since have theirs again."""
-        with torch._C.DisableTorchFunctionSubclass():
-            for index in self._standing if indices is None else indices:
-                if self.parameters[index].grad is None:
-                    self.parameters[index].grad = self.stand_ins[index]
-
-    def standing(self) -> tuple[int, int]:
-        """How many parameters have been given a stand-in, and how many of them have it still."""
-        with torch._C.DisableTorchFunctionSubclass():
-            there = sum(map(is_, map(_GRAD, self.parameters), self.stand_ins))
-        return len(self._standing), there
-
     # - optimizer state
 
     def make_state(self, states: States, places: list[Place]) -> None:
@@ -412,9 +308,6 @@ class Space:
 
 def _never() -> bool:
     return False
-
-
-_GRAD = attrgetter("grad")
 
 
 def _seed_of(precision: Precision, layout: Layout) -> int | None:

@@ -116,12 +116,12 @@ class Step:
     def update(self, space: Space) -> None:
         """Update a space before step(), and give its gradient back; `EarlyUpdates` says when. step() publishes it."""
         update = self._update(space, self._group_of_each())
-        total = space.tree.total().values
+        total = space.leaves.tree.total().values
         update.gradient, update.scale = Gradient(total, None, taken=False), self._clipped([total])
         self._cut(update, self._optimizer.elementwise[update.rule])
         self._optimizer.update(Batch(update.segments, update.tensors, update.combination))
         self._finish(update)
-        space.tree.clear()
+        space.leaves.tree.clear()
 
     # - between steps
 
@@ -210,7 +210,7 @@ class Step:
     def _update(self, space: Space, groups: dict[int, int]) -> SpaceUpdate:
         keys = self._keys(space, groups)
         combination = Combination(space, keys, self._group, self._gradients.step)
-        return SpaceUpdate(space, self._rules[space.tag], keys, combination, space.updated)
+        return SpaceUpdate(space, self._rules[space.tag], keys, combination, space.leaves.updated)
 
     def _cut(self, update: SpaceUpdate, per_tensor: bool) -> None:
         """Make the segments of an update."""
@@ -226,7 +226,7 @@ class Step:
     def _finish(self, update: SpaceUpdate) -> None:
         """Count steps, and give back what an update needed."""
         space = update.space
-        for index in space.touched:
+        for index in space.leaves.touched:
             space.steps[index] += 1
         if self._trace is not None:
             self._trace.look(space, update.segments)
@@ -268,14 +268,14 @@ class Step:
 
     def _agree(self) -> None:
         """Compare the count of micro-batches, and learn which parameters and buffers any rank has touched."""
-        own = [index in space.touched for space in self._spaces for index in range(len(space.parameters))]
+        own = [index in space.leaves.touched for space in self._spaces for index in range(len(space.parameters))]
         own += self._buffers.changed()
         self._agreement.announce(Act.STEP, self._gradients.step, self._gradients.leaves, own)
         flags = self._agreement.confirm()
         if flags is None:
             return
         for space in self._spaces:
-            space.touched = {index for index in range(len(space.parameters)) if flags[index]}
+            space.leaves.touched = {index for index in range(len(space.parameters)) if flags[index]}
             flags = flags[len(space.parameters) :]
         self._buffers.mark(flags[: len(self._buffers.owners)])
 
@@ -289,7 +289,7 @@ class Step:
         None where a loss scaler has the step left out because they have overflowed.
         """
         gradients, group = self._gradients, self._group
-        runs = [(space, space.tree.total().values) for space in spaces]
+        runs = [(space, space.leaves.tree.total().values) for space in spaces]
         norm = None if self._clipping.by_norm is None else global_norm(runs, group, gradients.step)
         self.grad_norm = None if norm is None else norm / gradients.divisor
         if gradients.scaling is not None:
@@ -318,10 +318,10 @@ class Step:
 
     def _gradient(self, space: Space) -> Gradient:
         """The gradient sum over what this rank owns: its run, or the whole where the state is not sharded."""
-        total = space.tree.total().values
+        total = space.leaves.tree.total().values
         if total.numel() == space.master.numel():
             return Gradient(total, None, taken=False)
-        flat, taken = space.kept_leaf(total.dtype), False
+        flat, taken = space.leaves.kept(total.dtype), False
         if flat is None:
             flat, taken = self._ledger.take("gradients", space.padded_numel, total.dtype), True
         label = f"gather of the gradients of {space.where} in step {self._gradients.step}"
@@ -330,6 +330,6 @@ class Step:
     def _keys(self, space: Space, groups: dict[int, int]) -> list[Key]:
         """The group of each touched parameter, and its count of steps with this update."""
         keys: list[Key] = [None] * len(space.parameters)
-        for index in space.touched:
+        for index in space.leaves.touched:
             keys[index] = (groups[id(space.parameters[index])], space.steps[index] + 1)
         return keys

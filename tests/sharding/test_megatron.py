@@ -217,8 +217,8 @@ def tensors_of(sharded: ss.Sharded) -> list[Tensor]:
     """One tensor of each storage."""
     tensors = []
     for space in (space for unit in sharded._units for space in unit.spaces):
-        tensors += [space.flat, space.master, *space.state.values(), space._kept_leaf]
-        tensors += [partial.values for partial in space.tree._partials]
+        tensors += [space.flat, space.master, *space.state.values(), space.leaves._kept]
+        tensors += [partial.values for partial in space.leaves.tree._partials]
     return list({tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}.values())
 
 
