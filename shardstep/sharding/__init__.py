@@ -2,10 +2,11 @@
 
     units      which modules are units                     space      one flat space on this rank
     hooks      when units are gathered and freed           gradients  leaves to their owners
-    exchange   leaves on their way                         reduce     the fixed tree of sums
+    leaves     one space's gradients                       exchange   leaves on their way
+    reduce     the fixed tree of sums                      entrances  where models are entered
     early      updates in the backward pass                clip       the global norm, and clipping by value
-    entrances  where models are entered                    calls      which modules run, and what is done with
-    freed      parameters without values                   outputs    tensors that modules hand out
+    calls      which modules run, which units are done     outputs    tensors that modules hand out
+    freed      parameters without values                   stand_in   what .grad is between backward and zero_grad()
     step       what optimizer.step() runs on               buffers    BatchNorm and the like
     batches    which samples are micro-batch k             agreement  do all ranks do the same?
     whole      gathered, state dicts, digest               memory, formula  bytes counted, bytes foretold
