@@ -25,6 +25,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, default="25m", help="a GPT of so many parameters (25m)")
     parser.add_argument("--layers", type=_positive, help="layers of the model, if not its own")
     parser.add_argument("--batch", type=_positive, help="batch of each rank (2)")
+    parser.add_argument("--ranks", type=_positive, help="processes of each contestant that communicates (2)")
     parser.add_argument("--seed", type=int, default=0, help="of the model, the data and the order of turns")
     parser.add_argument("--quick", action="store_true", help="tiny model, 2 rounds: does it run at all?")
     parser.add_argument("--json", action="store_true", help="print the raw result instead of tables")
@@ -55,7 +56,7 @@ def configure(options: argparse.Namespace) -> SessionConfig:
     config = SessionConfig(options.contestants, replace(model, **sizes), seed=options.seed)
     if options.quick:
         config = replace(config, rounds=2, steps=1, timeout_s=120.0)
-    counts = {key: getattr(options, key) for key in ("rounds", "steps") if getattr(options, key)}
+    counts = {key: getattr(options, key) for key in ("ranks", "rounds", "steps") if getattr(options, key)}
     return replace(config, **counts)
 
 

@@ -42,6 +42,10 @@ BARS = (
     Bar("stage0", "ddp-fused", None),
     Bar("stage3-alone", "plain-fused", 1.02),
     Bar("stage3", "plain-x2", None),
+    Bar("plain-x2", "deepspeed1", None),
+    Bar("plain-x2", "deepspeed2", None),
+    Bar("plain-x2", "deepspeed3", None),
+    Bar("plain-x2", "deepspeed3-tuned", None),
 )
 
 RIVALS_IN_MEMORY = (

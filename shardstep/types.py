@@ -198,5 +198,8 @@ class FlatSource(Protocol):
         A parameter left out starts anew, and so does a state that its entry leaves out.
         """
 
+    def check_adoptable(self) -> None:
+        """Raise SequenceError where state is not to be replaced now."""
+
     def write_parameters(self, values: Mapping[nn.Parameter, Tensor]) -> None:
         """Replace parameters by ``values``, whole and in their shapes; every rank must call it with the same."""

@@ -6,9 +6,10 @@ the least for many small tensors. Complex numbers, other memory formats and 16-b
 here, and their new values are copied back.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from itertools import chain, compress
 from operator import attrgetter
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +26,24 @@ _COMPUTED: Final = frozenset({torch.float32, torch.float64})
 _ONE: Final = torch.ones(())
 
 _dtype: Final = attrgetter("dtype")
+_layout: Final = attrgetter("layout")
 
-_Updated: TypeAlias = tuple[int, Tensor, Tensor, dict[str, Tensor]]
-"""Of one tensor: its step count with this update, the param, the gradient, and its state."""
+
+class _Updated(NamedTuple):
+    """Tensors with gradients, in columns: step counts with this update, params, gradients, and states."""
+
+    steps: list[int]
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[dict[str, Tensor]]
+
+    def where(self, chosen: Sequence[bool]) -> "_Updated":
+        """Those of the rows that are chosen."""
+        if all(chosen):
+            return self
+        steps, params = compress(self.steps, chosen), compress(self.params, chosen)
+        grads, states = compress(self.grads, chosen), compress(self.states, chosen)
+        return _Updated([*steps], [*params], [*grads], [*states])
 
 
 class Step:
@@ -49,15 +65,15 @@ class Step:
         """
         batch = Batch([], [], lambda sums, _: sums)
         for index, group in enumerate(groups):
-            tensors = self._tensors(group, index)
+            updated = self._updated(group, index)
             if in_stacks:
-                for stack in self._stacks(index, signs[index], tensors):
+                for stack in self._stacks(index, signs[index], updated):
                     if len(stack.steps) == 1:
                         batch.segments.append(stack.first)
                     else:
                         batch.stacks.append(stack)
             else:
-                batch.segments += [self._segment(index, signs[index], *tensor) for tensor in tensors]
+                batch.segments += [self._segment(index, signs[index], *row) for row in zip(*updated, strict=True)]
         if self._params:
             batch.updated = [Update(one.group, one.step, tuple(one.shape or ())) for one in batch.segments]
             yield batch
@@ -71,22 +87,17 @@ class Step:
             data.copy_(master)
         increment_version(self._params)  # autograd cannot see what a kernel writes
 
-    def _tensors(self, group: Mapping[str, Any], index: int) -> Iterator[_Updated]:
-        """Those with a gradient. Raises UnsupportedError for a sparse one."""
-        for position, param in enumerate(group["params"]):
-            grad = param.grad
-            if grad is None:
-                continue
-            if grad.layout is not _DENSE:
-                raise UnsupportedError(
-                    f"expected a dense gradient at parameter group {index}, position {position}, got {grad.layout}; "
-                    f"build the layer with sparse=False"
-                )
-            state = self._states.get(param) or self._start(param, group)
-            count = state["step"]
-            self._params.append(param)
-            self._counts.append(count)
-            yield int(count.item()) + 1, param, grad, state
+    def _updated(self, group: Mapping[str, Any], index: int) -> _Updated:
+        """Those of one group. Raises UnsupportedError for a sparse gradient."""
+        params = [param for param in group["params"] if param.grad is not None]
+        grads = [param.grad for param in params]
+        if not {*map(_layout, grads)} <= {_DENSE}:
+            raise _sparse(group["params"], index)
+        states = [self._states.get(param) or self._start(param, group) for param in params]
+        counts = [state["step"] for state in states]
+        self._params += params
+        self._counts += counts
+        return _Updated([int(count.item()) + 1 for count in counts], params, grads, states)
 
     def _start(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         state = {"step": torch.zeros((), dtype=torch.float32)}
@@ -95,23 +106,14 @@ class Step:
         self._started[param] = state
         return state
 
-    def _stacks(self, group: int, sign: float, tensors: Iterable[_Updated]) -> Iterator[Stack]:
+    def _stacks(self, group: int, sign: float, updated: _Updated) -> Iterator[Stack]:
         """Whole tensors, those together that have the same states."""
-        found: dict[tuple[str, ...], tuple[list[int], list[Tensor]]] = {}
-        last: tuple[str, ...] = ()
-        for step, param, grad, state in tensors:
-            names = tuple(state)
-            if names != last:
-                last = names
-                steps, arrays = found.setdefault(names, ([], []))
-            steps.append(step)
-            arrays.append(param)
-            arrays.append(grad)
-            for name, values in state.items():
-                if name != "step":
-                    arrays.append(values)
-        for names, (steps, arrays) in found.items():
-            yield self._stack(group, sign, [name for name in names if name != "step"], steps, arrays)
+        names = [*map(tuple, updated.states)]
+        for own in dict.fromkeys(names):
+            steps, params, grads, states = updated.where([one == own for one in names])
+            kept = [name for name in own if name != "step"]
+            columns = [params, grads, *([state[name] for state in states] for name in kept)]
+            yield self._stack(group, sign, kept, steps, [*chain.from_iterable(zip(*columns, strict=True))])
 
     def _stack(self, group: int, sign: float, states: list[str], steps: list[int], arrays: list[Tensor]) -> Stack:
         names, width = ("param", "grad", *states), 2 + len(states)
@@ -144,6 +146,15 @@ class Step:
         master = param.to(compute_dtype(param), memory_format=torch.contiguous_format, copy=True)
         self._converted.append((param, master))
         return {**arrays, "param": master, "grad": grad}
+
+
+def _sparse(params: Sequence[Tensor], group: int) -> UnsupportedError:
+    grads = [(position, param.grad) for position, param in enumerate(params) if param.grad is not None]
+    position, layout = next((position, grad.layout) for position, grad in grads if grad.layout is not _DENSE)
+    return UnsupportedError(
+        f"expected a dense gradient at parameter group {group}, position {position}, got {layout}; "
+        f"build the layer with sparse=False"
+    )
 
 
 def _are_flat(params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:

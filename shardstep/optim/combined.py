@@ -178,6 +178,8 @@ class Combined(torch.optim.Optimizer):
 
         def take(_: torch.optim.Optimizer, given: StateDict) -> StateDict:
             check_keys(given)
+            if self._source is not None:
+                self._source.check_adoptable()
             if len(given["param_groups"]) != len(self.param_groups):
                 raise ConfigError(
                     f"expected a state dict with {len(self.param_groups)} parameter groups, got "
@@ -260,6 +262,9 @@ class _Elsewhere:
 
     def adopt_state(self, state: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
         """Nothing: the combined optimizer hands it over."""
+
+    def check_adoptable(self) -> None:
+        """Nothing, as above."""
 
     def write_parameters(self, values: Mapping[nn.Parameter, Tensor]) -> None:
         raise self._refusal("the replacement of parameters")

@@ -297,6 +297,8 @@ class Optimizer(torch.optim.Optimizer):
 
         def take(_: torch.optim.Optimizer, given: StateDict) -> StateDict:
             groups, states = self.check_state_dict(given)
+            if self._source is not None:
+                self._source.check_adoptable()
             arrived.update(states)
             return {**given, "state": {}, "param_groups": groups}
 

@@ -67,18 +67,28 @@ def check_finite(norm: float, runs: list[tuple[Space, Tensor]], group: Group, st
 
 def _first_non_finite(runs: list[tuple[Space, Tensor]], group: Group, step: int, norm: float) -> str:
     found = None
-    for order, (_, values) in enumerate(runs):
+    for order, (space, values) in enumerate(runs):
         bad = torch.nonzero(~torch.isfinite(values))
         if len(bad):
-            found = [order, group.rank * values.numel() + int(bad[0])]
+            found = [order, group.rank * values.numel() + int(bad[0]), space.leaves.origins.not_finite()]
             break
     everyone = group.exchange_json(found, label=f"search for the first non-finite gradient in step {step}")
     places = [place for place in everyone if place is not None]
     if not places:
         return f"the gradient norm of step {step} is {norm}: the sum of squares overflows float64; lower the loss scale"
-    order, offset = min(places)
+    order, offset, origins = min(places)
     slot = runs[order][0].layout.slot_at(offset)
     return (
         f"expected finite gradients, got a norm of {norm} in step {step}: the first non-finite one is in parameter "
-        f"{slot.name!r} (element {offset - slot.offset}); nothing was updated, and zero_grad() lets you go on"
+        f"{slot.name!r} (element {offset - slot.offset}){_computed_by(origins, group)}; nothing was updated, and "
+        f"zero_grad() lets you go on"
     )
+
+
+def _computed_by(ranks: list[int], group: Group) -> str:
+    if group.size == 1:
+        return ""
+    if not ranks:
+        return ", but not in any rank's own"
+    names = ", ".join(map(str, ranks))
+    return f", computed by rank {names}" if len(ranks) == 1 else f", computed by the ranks {names}"

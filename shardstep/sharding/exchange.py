@@ -27,10 +27,17 @@ class _Flight:
 
 
 class Exchanges:
-    """Those of one model. ``landed`` is told of each space whose leaves have been added to this rank's tree."""
+    """Those of one model.
 
-    def __init__(self, group: Group, ledger: Ledger, agreement: Agreement, landed: Callable[[Space], None]) -> None:
+    ``landed`` is told of each space whose leaves have been added to this rank's tree; ``traced``: note whose leaves are
+    not finite, which reads each once more.
+    """
+
+    def __init__(
+        self, group: Group, ledger: Ledger, agreement: Agreement, landed: Callable[[Space], None], *, traced: bool
+    ) -> None:
         self._group, self._ledger, self._agreement, self._landed = group, ledger, agreement, landed
+        self._traced = traced
         self._flights: list[_Flight] = []
 
     def launch(self, space: Space, step: int) -> None:
@@ -63,7 +70,9 @@ class Exchanges:
     def _add(self, flight: _Flight) -> None:
         space, sent = flight.space, flight.sent
         own = sent.values.chunk(self._group.size)[self._group.rank]
-        for values in flight.received:
+        for rank, values in enumerate(flight.received):
+            if self._traced:
+                space.leaves.origins.note(rank, own if values is None else values)
             if values is not None:
                 space.leaves.tree.push(values, home="tree", level=sent.level)
             else:

@@ -10,15 +10,13 @@ Nothing here knows about modules or optimizers.
 
 from collections.abc import Sequence, Set
 
-import torch
-from torch import Tensor
-
 from shardstep.collectives import Group
 from shardstep.config import Schedule
 from shardstep.errors import ConfigError, RankMismatchError, SequenceError
 from shardstep.sharding.agreement import Act, Agreement
 from shardstep.sharding.early import EarlyUpdates
 from shardstep.sharding.exchange import Exchanges
+from shardstep.sharding.finite import is_finite
 from shardstep.sharding.memory import Ledger
 from shardstep.sharding.scaler import Scaling
 from shardstep.sharding.space import Space
@@ -37,8 +35,11 @@ class Gradients:
         agreement: Agreement,
         scaling: Scaling | None,
         overlaps: bool,
+        traced: bool,
     ) -> None:
-        """``overlaps``: whether the schedule per step sends during the last backward pass, where that is known."""
+        """``overlaps``: whether the schedule per step sends during the last backward pass, where that is known;
+        ``traced``: whether ranks are to be named whose gradients are not finite.
+        """
         self.schedule, self.scaling = schedule, scaling
         self.leaves = 0
         """Backward passes that this rank has finished since the last step."""
@@ -60,7 +61,7 @@ class Gradients:
         self._usual_leaves: int | None = None
         self._open: set[int] = set()
         self._turn = 0
-        self._exchanges = Exchanges(group, ledger, agreement, self._landed)
+        self._exchanges = Exchanges(group, ledger, agreement, self._landed, traced=traced)
         self.collect(spaces)
 
     def collect(self, spaces: list[Space]) -> None:
@@ -248,7 +249,7 @@ class Gradients:
 
     def are_finite(self) -> bool:
         """Whether the sums of all gradients are, on this rank."""
-        return all(map(_is_finite, (space.leaves.tree.total().values for space in self._spaces)))
+        return all(map(is_finite, (space.leaves.tree.total().values for space in self._spaces)))
 
     def overflowed(self, here: bool, scaling: Scaling) -> bool:
         """Whether any rank has gradients that are not finite under the loss's scale. Collective."""
@@ -326,9 +327,3 @@ class Gradients:
 
     def _is_complete_subtree(self, leaves: int) -> bool:
         return self.schedule == "per leaf" or self._group.size == 1 or not leaves & (leaves - 1)
-
-
-def _is_finite(values: Tensor) -> bool:
-    """Without temporaries: the extremes of values with a NaN are NaN."""
-    least, most = torch.aminmax(values)
-    return bool(torch.isfinite(least) and torch.isfinite(most))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from shardstep.config import Precision
 from shardstep.errors import SequenceError
 from shardstep.layout import Layout
+from shardstep.sharding.finite import Origins
 from shardstep.sharding.memory import Ledger
 from shardstep.sharding.reduce import Tree
 from shardstep.sharding.stand_in import StandIn
@@ -36,6 +37,7 @@ class Leaves:
         ledger: Ledger,
     ) -> None:
         self.tree, self.local = Tree(ledger, precision.sums), Tree(ledger, precision.sums)
+        self.origins = Origins()
         self.touched: set[int] = set()
         """The parameters that have got a gradient in this step."""
         self.updated = False
@@ -108,6 +110,7 @@ class Leaves:
         self._written.clear()
         self.touched.clear()
         self.updated = False
+        self.origins.clear()
         self.tree.clear()
         self.local.clear()
 

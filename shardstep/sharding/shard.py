@@ -140,10 +140,10 @@ def shard(
     flags = sum(len(space.parameters) for space in trained) + len(buffers.owners)
     agreement = Agreement(ranks, max(flags, 0 if scaler is None else 1 + FLAGS), _lend(built, ranks))
     scaling = None if scaler is None else Scaling(scaler)
-    gradients = Gradients(trained, ranks, ledger, schedule_, agreement, scaling, overlap_grad_reduce)
-    trace = NonFiniteTrace(optimizer, ranks) if trace_nonfinite else None
     by_norm = optimizer.clip if clip_norm is None else partial(clip_coefficient, clip_norm=clip_norm)
-    clipping = Clipping(by_norm, clip_value)
+    clipping, traced = Clipping(by_norm, clip_value), by_norm is not None and scaling is None
+    gradients = Gradients(trained, ranks, ledger, schedule_, agreement, scaling, overlap_grad_reduce, traced)
+    trace = NonFiniteTrace(optimizer, ranks) if trace_nonfinite else None
     input_dtype = precisions.root.params if precisions.root else None
     precisions.install()
     attached, whereabouts = Attached(model, built), ranks.whereabouts

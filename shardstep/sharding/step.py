@@ -160,6 +160,9 @@ class Step:
         """Cut rank 0's whole states into what each rank owns; a parameter without one starts anew. Collective."""
         scatter_states(self._spaces, state, self._group)
 
+    def check_adoptable(self) -> None:
+        self._gradients.check_nothing_updated("loads a state dict into the optimizer")
+
     def write_parameters(self, values: Mapping[nn.Parameter, Tensor]) -> None:
         """Replace parameters (and masters) by whole ``values``; every rank gives the same. Collective."""
         check_writable(self._spaces, "the replacement of parameters")

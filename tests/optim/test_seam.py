@@ -56,6 +56,9 @@ class Halves:
     def whole_state(self):
         return self.state
 
+    def check_adoptable(self):
+        pass
+
     def adopt_state(self, state):
         self.state = {p: {n: t.clone() for n, t in s.items()} for p, s in state.items()}
 

@@ -484,11 +484,17 @@ def test_grad_scaler_is_refused():
         scaler.step(optimizer)
 
 
+def fresh_state() -> dict[str, Any]:
+    """What an optimizer of the same parameters saves before its first step."""
+    return stack()[1].state_dict()
+
+
 AFTER: dict[str, Callable[[Stack, Any, ss.Sharded], Any]] = {
     "begins a forward pass": lambda model, *_: model(inputs(1)),
     "calls zero_grad()": lambda _, optimizer, __: optimizer.zero_grad(),
     "reads a full tensor by name": lambda *rest: rest[-1].full_grad("stem.weight"),
     "gathers whole parameters or states": lambda model, *_: model.state_dict(),
+    "loads a state dict into the optimizer": lambda _, optimizer, __: optimizer.load_state_dict(fresh_state()),
     "updates an average": lambda model, *_: ss.Average(model, decay=0.9).update(),
 }
 
