@@ -170,7 +170,7 @@ class Access:
             raise ConfigError(f"expected a tensor of shape {tuple(shape)} for {name!r}, got {got}; give it whole")
 
     def _check_has_gradients(self, what: str) -> None:
-        self._gradients.prepare_step()
+        self._gradients.prepare_step(what)
         if not self._gradients.leaves:
             raise SequenceError(
                 f"expected {what} between the last backward() and optimizer.step(), got it without a gradient of this "

@@ -10,6 +10,8 @@ Nothing here knows about modules or optimizers.
 
 from collections.abc import Sequence, Set
 
+import torch
+
 from shardstep.collectives import Group
 from shardstep.config import Schedule
 from shardstep.errors import ConfigError, RankMismatchError, SequenceError
@@ -107,8 +109,17 @@ class Gradients:
         leaves = self.leaves + 1
         return self._expected_leaves == leaves and not self._spent and self._is_complete_subtree(leaves)
 
-    def prepare_step(self) -> None:
-        """Forget what was zeroed, and raise if there is something else that a step cannot be made of."""
+    def prepare_step(self, call: str) -> None:
+        """Forget what was zeroed, and raise if there is something else that ``call`` cannot be made with."""
+        self.end_left_pass()
+        if self.in_backward:
+            raise SequenceError(f"expected {call} outside backward(), got it inside it; call it when backward() is over")
+        if self._broken:
+            self.check_nothing_updated(f"calls {call}")
+            raise SequenceError(
+                f"expected optimizer.zero_grad() after a backward() that was left by an exception, got {call}: some of "
+                f"its gradients are there and others are not; zero them and repeat the micro-batches of step {self.step}"
+            )
         self._discard_what_was_zeroed()
         if self._mixed:
             raise SequenceError(
@@ -173,11 +184,7 @@ class Gradients:
         if self.scaling is not None:
             self.scaling.reached = False
         if not self._arrived:
-            self.in_backward = False
-            if self.early is not None:
-                self.early.end()
-            for space in self._spaces:
-                space.leaves.return_stand_ins()
+            self._end_without_gradients()
             return
         for space in self._turns:
             if space.tag in self._open:
@@ -195,11 +202,27 @@ class Gradients:
         if self.early is not None:
             self.early.check(sentence)
 
-    def leave_backward(self) -> None:
-        """The pass was left by an exception: what it has gathered cannot be used."""
-        self.in_backward, self._broken = False, self._arrived
+    def end_left_pass(self) -> None:
+        """Notice an exception: a pass that was never ended, when autograd runs none, was left by one.
+
+        What it has gathered cannot be used; if that is nothing, it was no micro-batch.
+        """
+        if not self.in_backward or torch._C._current_graph_task_id() >= 0:
+            return
         if self.scaling is not None:
             self.scaling.reached = False
+        if self._arrived:
+            self.in_backward, self._broken = False, True
+        else:
+            self._end_without_gradients()
+
+    def _end_without_gradients(self) -> None:
+        """The gradients of earlier passes stand for themselves again."""
+        self.in_backward = False
+        if self.early is not None:
+            self.early.end()
+        for space in self._spaces:
+            space.leaves.return_stand_ins()
 
     def finish(self) -> None:
         """Send what the schedule per step has kept back."""
@@ -270,8 +293,7 @@ class Gradients:
     def discard(self) -> None:
         """Forget all leaves, and allow the next backward pass."""
         self.check_nothing_updated("calls zero_grad()")
-        if self.in_backward:
-            self.leave_backward()
+        self.end_left_pass()
         self._forget()
         for space in self._spaces:
             space.leaves.drop_stand_ins()

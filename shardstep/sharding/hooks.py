@@ -116,8 +116,8 @@ class Hooks:
         """Whether this forward is a part of a backward pass (a checkpoint's); if so, that pass has begun."""
         if torch._C._current_graph_task_id() >= 0:
             self._enter_backward()
-        elif self._gradients.in_backward:
-            self._gradients.leave_backward()
+        else:
+            self._gradients.end_left_pass()
         return self._gradients.in_backward
 
     def _begin_forward(self) -> None:

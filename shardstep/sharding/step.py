@@ -181,7 +181,7 @@ class Step:
 
     def _begin(self) -> list[SpaceUpdate]:
         """Agree with the other ranks, sum the leaves, and say what is to be updated; nothing if there are none."""
-        self._gradients.prepare_step()
+        self._gradients.prepare_step("optimizer.step()")
         groups = self._group_of_each()
         self._unfreezing.check_not_trained(groups)
         self.left_out = False

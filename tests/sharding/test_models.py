@@ -349,6 +349,70 @@ def test_an_exception_in_backward_is_recovered_from_by_zero_grad(ranks, where):
     assert ranks(2).run(failed_in_backward, where) == [sums] * 2
 
 
+class _FailsInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return x * 1
+
+    @staticmethod
+    def backward(_: Any, grad: Tensor) -> Tensor:
+        raise ZeroDivisionError
+
+
+def fail_before_any_gradient(model: nn.Module) -> None:
+    handle = model.head.register_forward_hook(lambda _, __, y: _FailsInBackward.apply(y))
+    with pytest.raises(ZeroDivisionError):
+        plain(model, 5).backward()
+    handle.remove()
+
+
+def failed_before_any_gradient(stage: int, more: bool) -> str:
+    """A pass that brings nothing is no micro-batch: what earlier ones have brought stays."""
+    model, optimizer, _ = sharded(stage=stage)
+    plain(model, 0).backward()
+    fail_before_any_gradient(model)
+    if more:
+        plain(model, 1).backward()
+    optimizer.step()
+    return ss.digest(model, optimizer)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("more", [True, False])
+def test_an_exception_before_any_gradient_loses_none(ranks, stage, more):
+    model, optimizer, _ = sharded(stage=stage)
+    for k in range(1 + more):
+        plain(model, k).backward()
+    optimizer.step()
+    assert failed_before_any_gradient(stage, more) == ss.digest(model, optimizer)
+    both = ranks(2).run(failed_before_any_gradient, stage, more)
+    assert both[0] == both[1]
+
+
+@pytest.mark.parametrize("earlier", [0, 1])
+def test_a_step_after_an_exception_in_backward_names_it(earlier):
+    model, optimizer, handle = sharded()
+    for k in range(earlier):
+        plain(model, k).backward()
+    hook = model.blocks[1].up.register_full_backward_hook(_Failing())
+    with pytest.raises(ZeroDivisionError):
+        plain(model, 5).backward()
+    hook.remove()
+    for call in (optimizer.step, lambda: handle.full_grad("head.weight")):
+        with pytest.raises(ss.SequenceError, match=r"a backward\(\) that was left by an exception, got .*zero them"):
+            call()
+    optimizer.zero_grad()
+    plain(model, 0).backward()
+    optimizer.step()
+
+
+def test_a_step_in_a_hook_of_backward_is_refused():
+    model, optimizer, _ = sharded()
+    model.head.weight.register_post_accumulate_grad_hook(lambda _: optimizer.step())
+    with pytest.raises(ss.SequenceError, match=r"optimizer\.step\(\) outside backward\(\), got it inside"):
+        plain(model, 0).backward()
+
+
 # - torch.func, torch.compile
 
 
