@@ -390,7 +390,7 @@ def bytes_run(stage: Any, precision: ss.Precision | None) -> tuple[ByteReport, i
                 with average.applied():
                     pass
     spaces = [space for unit in whole_of(model).units for space in unit.spaces]
-    buffers = sum(average.nbytes for space in spaces for average in space.averages)
+    buffers = sum(average.nbytes for space in spaces for average in space.averages.values())
     return sharded.bytes, buffers, sharded.bytes.peak.state - before
 
 
@@ -403,6 +403,29 @@ def test_averages_are_in_the_formula_and_are_the_real_buffers(ranks, world_size,
             assert report.peak.state == report.formula.state
             assert report.unsharded.state == alone.peak.state
             assert added == buffers > 0
+
+
+def test_an_average_that_is_made_after_a_group_has_joined_has_its_parameters():
+    torch.manual_seed(1)
+    model = Tied()
+    joining = [model.embed.weight]
+    for parameter in joining:
+        parameter.requires_grad_(False)
+    optimizer = ss.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
+    sharded = ss.shard(model, optimizer)
+    before = ss.Average(model)
+    for parameter in joining:
+        parameter.requires_grad_()
+    optimizer.add_param_group({"params": joining})
+    after = ss.Average(model, decay="swa")
+    for _ in steps_of(model, optimizer, sharded, Tokens(), range(1)):
+        pass
+    for average in (before, after):
+        average.update()
+    own, later = before.state_dict()["averages"], after.state_dict()["averages"]
+    assert later.keys() - own.keys() == {"embed.weight"}
+    assert all(torch.equal(values, sharded.full_param(name)) for name, values in later.items())
+    assert sharded.bytes.peak.state == sharded.bytes.formula.state
 
 
 # - schedules

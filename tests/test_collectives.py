@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from shardstep.collectives.news import packed, unpacked
 from shardstep.launch import run_local
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +56,14 @@ def example(*command: str) -> dict[str, object]:
     assert done.returncode == 0, done.stderr
     result: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+@pytest.mark.parametrize("text", ["\U0001f600" * 700, "x" * 20_000, "lone \udcff"])
+def test_news_fit_into_a_message_whatever_their_text(text):
+    told = unpacked(packed({"kind": "failed", "rank": 1, "text": text, "mismatch": False}))
+    assert (told["kind"], told["rank"]) == ("failed", 1)
+    assert text.startswith(told["text"].removesuffix("?"))
+    assert told["text"]
 
 
 def test_the_example_gives_the_same_bits_under_torchrun_and_alone():

@@ -19,9 +19,10 @@ def blank() -> Tensor:
 
 
 def packed(message: Message) -> Tensor:
-    """The message in bytes; of records that do not fit, the latest are kept."""
-    while len(raw := json.dumps(message).encode()) > BYTES:
-        message = {**message, "records": message["records"][1:]}
+    """The message in bytes; of records that do not fit, the latest are kept, and of a text its begin."""
+    key, cut = ("records", slice(1, None)) if "records" in message else ("text", slice(-_TEXT))
+    while len(raw := json.dumps(message, ensure_ascii=False).encode(errors="replace")) > BYTES:
+        message = {**message, key: message[key][cut]}
     own = blank()
     own[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
     return own

@@ -32,9 +32,9 @@ class ShardedAverages:
         self._whole = whole
         self._spaces = [space for unit in whole.units for space in unit.spaces if space.trained]
         self._swapped = False
+        self._number = max(len(space.averages) for space in self._spaces)  # those trained from the beginning have all
         for space in self._spaces:
-            space.make_average()
-        self._number = len(self._spaces[0].averages) - 1
+            space.make_average(self._number)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

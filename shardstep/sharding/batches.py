@@ -117,25 +117,27 @@ def micro_batches(
     plan: BatchPlan,
     steps: range,
     collate: Collate | None,
-    leaf_hint: Callable[[int], None],
+    leaf_hint: Callable[[int | None], None],
     seeds: Sequence[torch.Tensor] = (),
 ) -> Iterator[MicroBatch]:
     """This rank's micro-batches, with the random generators seeded for each.
 
-    ``leaf_hint`` is told, at every step's start, how many micro-batches this rank will run. ``seeds``: states of other
-    generators, of integers, that follow torch's.
+    ``leaf_hint`` is told, with each, how many of them this rank has in a step (others may be dealt between two of them,
+    for an evaluation), and None at the end. ``seeds``: states of other generators, of integers, that follow torch's.
     """
     collate = collate or default_collate
     own = plan.own_indices()
-    for step in steps:
-        leaf_hint(len(own))
-        for index in own:
+    try:
+        for step, index in ((step, index) for step in steps for index in own):
             batch = collate([dataset[i] for i in plan.sample_indices(step, index)])
             seed_everything(plan.seed, step, index)
             for state in seeds:
                 with torch.no_grad():
                     state.copy_(torch.randint(2**31, state.shape))
+            leaf_hint(len(own))
             yield MicroBatch(batch, step, index, last=index == own[-1])
+    finally:
+        leaf_hint(None)
 
 
 def seed_everything(seed: int, step: int, index: int) -> None:

@@ -75,9 +75,10 @@ class Gradients:
         root = [space for space in spaces if not space.unit_name]
         self._spaces, self._turns = spaces, [*reversed(spaces[len(root) :]), *root]
 
-    def expect(self, leaves: int) -> None:
-        """This rank's leaves of the step that begins: the schedule per step then sends with the last one."""
-        self._expected_leaves = leaves
+    def expect(self, leaves: int | None) -> None:
+        """This rank's leaves of the step: the schedule per step then sends with the last one. None: the usual ones."""
+        if leaves is not None or self._usual_leaves is not None:
+            self._expected_leaves = leaves or self._usual_leaves
 
     def expect_always(self, leaves: int) -> None:
         """The same for this step and all after it."""
@@ -113,12 +114,12 @@ class Gradients:
         """Forget what was zeroed, and raise if there is something else that ``call`` cannot be made with."""
         self.end_left_pass()
         if self.in_backward:
-            raise SequenceError(f"expected {call} outside backward(), got it inside it; call it when backward() is over")
+            raise SequenceError(f"expected {call} outside backward(), got it inside; call it when backward() is over")
         if self._broken:
             self.check_nothing_updated(f"calls {call}")
             raise SequenceError(
                 f"expected optimizer.zero_grad() after a backward() that was left by an exception, got {call}: some of "
-                f"its gradients are there and others are not; zero them and repeat the micro-batches of step {self.step}"
+                f"its gradients are there and others are not; zero them and repeat step {self.step}'s micro-batches"
             )
         self._discard_what_was_zeroed()
         if self._mixed:

@@ -62,7 +62,8 @@ class Space:
         self.steps = [0] * len(parameters)
         self.leaves = Leaves(layout, parameters, self.padded_numel, precision, ledger)
         self.state: dict[str, Tensor] = {}
-        self.averages: list[Tensor] = []
+        self.averages: dict[int, Tensor] = {}
+        """By the number of the average among the model's."""
         self.declared: tuple[State, ...] = ()
         """The states in ``state``."""
         self.is_whole = True
@@ -262,9 +263,9 @@ class Space:
 
     # - averages
 
-    def make_average(self) -> None:
+    def make_average(self, number: int) -> None:
         """Allocate one more average over what this rank owns."""
-        self.averages.append(self._ledger.take("state", self.master.numel(), self.precision.compute))
+        self.averages[number] = self._ledger.take("state", self.master.numel(), self.precision.compute)
 
     def exchange(self, number: int) -> None:
         """Let the parameters and average ``number`` change places on this rank; the same again undoes it, to the bit.

@@ -25,8 +25,8 @@ def plans(draw: st.DrawFn) -> BatchPlan:
     return BatchPlan(samples, global_batch, micro_batch, draw(st.integers(0, 99)), 0, world_size, schedule)
 
 
-def dealt(plan: BatchPlan, steps: range, hints: list[int] | None = None) -> list[MicroBatch]:
-    said: list[int] = [] if hints is None else hints
+def dealt(plan: BatchPlan, steps: range, hints: list[int | None] | None = None) -> list[MicroBatch]:
+    said: list[int | None] = [] if hints is None else hints
     return list(micro_batches(range(plan.samples), plan, steps, list, said.append))
 
 
@@ -61,12 +61,12 @@ def test_each_rank_gets_its_own_by_the_schedule(plan):
 
 @settings(max_examples=50)
 @given(plans())
-def test_the_last_micro_batch_of_every_step_is_marked_and_their_number_told_before(plan):
-    hints: list[int] = []
+def test_the_last_micro_batch_of_every_step_is_marked_and_their_number_told_with_each(plan):
+    hints: list[int | None] = []
     steps = range(2 * plan.steps_per_epoch)
     for position, micro in enumerate(dealt(plan, steps, hints), 1):
         assert micro.last == (position % plan.own_leaves == 0)
-    assert hints == [plan.own_leaves] * len(steps)
+    assert hints == [plan.own_leaves] * plan.own_leaves * len(steps) + [None]
 
 
 @settings(max_examples=50)

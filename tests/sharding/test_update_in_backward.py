@@ -373,6 +373,28 @@ def test_the_number_of_micro_batches_may_vary():
     assert digests[0] == digests[1]
 
 
+@pytest.mark.parametrize("by_hand", [True, False])
+@pytest.mark.parametrize(("after", "count"), [(0, 1), (1, 2)])
+def test_an_evaluation_in_between_does_not_change_the_number(by_hand, after, count):
+    """Its ``count`` micro-batches are dealt too, when ``after`` of the three of a step are done."""
+
+    def trained(evaluates: bool) -> str:
+        model, optimizer, sharded = stack(expected=3 if by_hand else None)
+        dealt = sharded.micro_batches(Vectors(), global_batch=6, micro_batch=2, seed=5)
+        for number in range(6):
+            if evaluates and number % 3 == after:
+                for micro in sharded.micro_batches(Vectors(), global_batch=2 * count, micro_batch=2, seed=1):
+                    with torch.no_grad():
+                        model(micro.batch)
+            model(inputs(number) if by_hand else next(dealt).batch).backward()
+            if number % 3 == 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        return ss.digest(model, optimizer)
+
+    assert trained(evaluates=True) == trained(evaluates=False)
+
+
 def test_zero_grad_at_the_begin_of_a_step():
     digests = []
     for options in ({}, {"update_in_backward": False}):
