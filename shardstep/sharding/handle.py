@@ -169,6 +169,11 @@ class Sharded:
         The dataset is shuffled by the seed, the last partial global batch of an epoch is dropped, and the random
         generators are seeded for each (seed, step, micro-batch), so nothing depends on the world size.
         """
+        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+            raise ConfigError(
+                f"expected a map-style dataset, with a length and samples by number, got {type(dataset).__name__}; "
+                f"give a loader's dataset, or run a loader in a loop of your own (README: With your own loader)"
+            )
         plan = BatchPlan(len(dataset), global_batch, micro_batch, seed, self.rank, self.world_size, self.schedule)
         return micro_batches(
             dataset, plan, plan.steps(epochs, start_step), collate, self._gradients.expect, self._seeds

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from shardstep.collectives import Whereabouts
-from shardstep.errors import CollectiveError
+from shardstep.errors import CollectiveError, ConfigError
 from shardstep.sharding.agreement import Act, Agreement
 from shardstep.sharding.attached import Attached
 from shardstep.sharding.calls import Call, Calls, Live
@@ -194,7 +194,9 @@ class Hooks:
     def add_entry(self, name: str) -> None:
         """Treat a method of the model as its forward is treated."""
         root = self._units[0].modules[0]
-        method = getattr(root, name)
+        method = getattr(root, name, None)
+        if not callable(method) or isinstance(method, nn.Module):
+            raise ConfigError(f"expected the name of a method of {type(root).__name__} to be an entry, got {name!r}")
 
         def entry(*args: Any, **kwargs: Any) -> Any:
             if self._calls.running:

@@ -106,6 +106,10 @@ def scaler_of(loss_scale: "LossScaler | float | None") -> LossScaler | None:
     """What ``shard(loss_scale=...)`` means."""
     if loss_scale is None or isinstance(loss_scale, LossScaler):
         return loss_scale
+    if not isinstance(loss_scale, int | float):
+        raise ConfigError(
+            f"expected loss_scale to be a shardstep.LossScaler, a power of two or None, got {loss_scale!r}"
+        )
     return LossScaler.static(_checked_scale(loss_scale, "loss_scale"))
 
 

@@ -99,6 +99,7 @@ def shard(
     """
     _check_arguments(model, optimizer, clip_norm, clip_value, prefetch, debug)
     _check_flags(overlap_grad_reduce=overlap_grad_reduce, overlap_param_gather=overlap_param_gather)
+    _check_flags(update_in_backward=update_in_backward, trace_nonfinite=trace_nonfinite)
     scaler = scaler_of(loss_scale)
     device = _one_device(model)
     check_meta(model, weights is not None)
@@ -235,6 +236,10 @@ def _check_arguments(
     prefetch: int,
     debug: str | None,
 ) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"expected shard(model, optimizer), got {type(model).__name__} for the model; is it a module?"
+        )
     if not isinstance(optimizer, Optimizer | Combined):
         raise ConfigError(refusal(optimizer))
     if getattr(model, ATTRIBUTE, None) is not None:
@@ -248,7 +253,7 @@ def _check_arguments(
         raise ConfigError(f"expected a model with parameters, but {type(model).__name__} has none; nothing to shard")
     check_built(model)
     for name, bound in (("clip_norm", clip_norm), ("clip_value", clip_value)):
-        if bound is not None and not (isinstance(bound, int | float) and bound > 0):
+        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int | float) or not bound > 0):
             raise ConfigError(f"expected {name} to be a positive number or None, got {bound!r}")
     if clip_value is not None and (clip_norm is not None or optimizer.clip is not None):
         other = "an optimizer that clips by the norm" if clip_norm is None else f"clip_norm={clip_norm!r}"

@@ -7,7 +7,7 @@ Of the blocks that are found by themselves, small neighbours are one unit: a mes
 elements on their way. Their places stay block by block what they would be apart, so the bits do, too.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -56,6 +56,8 @@ def plan_units(
     a space has one of both.
     """
     modules = {"": model, **{name: module for name, module in _chosen(model, units) if name}}
+    if isinstance(stage, Mapping):
+        _check_stages(stage, list(modules))
     owned = _parameters_by_unit(model, modules)
     plans, count = list[UnitPlan](), 0
     for name, module in modules.items():
@@ -67,6 +69,16 @@ def plan_units(
         count += len(spaces)
         plans.append(UnitPlan(name, [module], resolve_stage(stage, name, module), spaces))
     return plans if units is not None else [plans[0], *_joined(plans[1:], rule_of)]
+
+
+def _check_stages(stage: Mapping[str, int], names: list[str]) -> None:
+    """A pattern that matches no unit is a typing mistake, which another pattern may hide."""
+    for pattern in stage:
+        if not any(matches(name, pattern) for name in names):
+            raise ConfigError(
+                f"expected each pattern of stage to match a unit, but {pattern!r} matches none of {names[:5]}"
+                f"{' …' if len(names) > 5 else ''}; patterns are the units' dotted names, with '*' for one part"
+            )
 
 
 def _joined(plans: list[UnitPlan], rule_of: Callable[[nn.Parameter], int]) -> Iterator[UnitPlan]:
@@ -111,24 +123,35 @@ def _chosen(model: nn.Module, units: UnitChoice | None) -> Iterator[tuple[str, n
     if units is None:
         yield from repeated_blocks(model)
         return
-    wanted = _predicate(units)
+    choices = [] if callable(units) else _listed(units)
+    wanted = units if callable(units) else _predicate(choices)
     found = [(name, module) for name, module in named_modules(model) if wanted(name, module)]
     if not found:
         raise ConfigError(
             f"expected units={units!r} to name at least one module of {type(model).__name__}, but none matches; "
             f"give name patterns such as 'blocks.*', module classes, or a function (name, module) -> bool"
         )
+    for pattern in (choice for choice in choices if isinstance(choice, str)):
+        if not any(matches(name, pattern) for name, _ in found):
+            raise ConfigError(
+                f"expected each pattern of units={units!r} to match a module of {type(model).__name__}, but "
+                f"{pattern!r} matches none; patterns are dotted names, with '*' for one part"
+            )
     yield from found
 
 
-def _predicate(units: UnitChoice) -> Callable[[str, nn.Module], bool]:
-    if callable(units):
-        return units
-    choices = list(units) if not isinstance(units, str) else [units]
+def _listed(units: object) -> list[str | type[nn.Module]]:
+    """The patterns and classes that were given."""
+    choices = list(units) if isinstance(units, Iterable) and not isinstance(units, str) else [units]
+    known = [choice for choice in choices if isinstance(choice, str | type)]
+    if len(known) != len(choices):
+        raise ConfigError(f"expected units to be name patterns or module classes, got {choices!r}")
+    return known
+
+
+def _predicate(choices: list[str | type[nn.Module]]) -> Callable[[str, nn.Module], bool]:
     patterns = [choice for choice in choices if isinstance(choice, str)]
     classes = tuple(choice for choice in choices if isinstance(choice, type))
-    if len(patterns) + len(classes) != len(choices):
-        raise ConfigError(f"expected units to be name patterns or module classes, got {choices!r}")
     return lambda name, module: isinstance(module, classes) or any(matches(name, pattern) for pattern in patterns)
 
 

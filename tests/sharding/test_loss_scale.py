@@ -92,6 +92,7 @@ def test_a_loaded_scaler_goes_on_where_the_other_was():
         (lambda: ss.LossScaler.static("much"), "a static loss scale to be a power of two, .* got 'much'"),
         (lambda: ss.LossScaler().load_state_dict({"scale": 2.0}), r"LossScaler.state_dict\(\) gives, got \['scale'\]"),
         (lambda: sharded_run(loss_scale=3.0), "loss_scale to be a power of two"),
+        (lambda: sharded_run(loss_scale="dynamic"), "LossScaler, a power of two or None, got 'dynamic'"),
     ],
 )
 def test_arguments_that_have_no_meaning(make, text):

@@ -70,6 +70,10 @@ def test_a_stage_is_0_to_3(stage):
     [
         ({"blocks.0": 3, "": 1}, r"a stage for unit 'blocks.1', but none of the patterns \['blocks.0', ''\]"),
         ({"blocks.*": 3}, r"a stage for unit '', but none .*; add a pattern"),
+        (
+            {"block.*": 3, "*": 1},
+            r"each pattern of stage to match a unit, but 'block.\*' matches none of \['', 'bl.*\]",
+        ),
         ({"blocks.1": 5, "*": 0}, r"a stage of 0, 1, 2 or 3 for unit 'blocks.1', got 5"),
         (lambda name, module: 5 if name else 0, r"a stage of 0, 1, 2 or 3 for unit 'blocks.0', got 5"),
         (lambda name, module: None, r"a stage of 0, 1, 2 or 3 for unit '', got None"),
@@ -169,7 +173,7 @@ def test_a_norm_to_clip_to_is_positive(clip_norm):
         ss.shard(model, adamw(model), clip_norm=clip_norm)
 
 
-@pytest.mark.parametrize("clip_norm", ["1", [1.0]])
+@pytest.mark.parametrize("clip_norm", ["1", [1.0], True])
 def test_a_norm_to_clip_to_is_a_number(clip_norm):
     model = tied()
     text = f"clip_norm to be a positive number or None, got {re.escape(repr(clip_norm))}"
@@ -219,10 +223,39 @@ def test_units_that_match_nothing(units):
         ss.shard(model, adamw(model), units=units)
 
 
-def test_units_of_no_known_kind():
+@pytest.mark.parametrize(("units", "got"), [(["blocks.*", 3], r"\['blocks.\*', 3\]"), (3, r"\[3\]")])
+def test_units_of_no_known_kind(units, got):
     model = tied()
-    with pytest.raises(ss.ConfigError, match=r"name patterns or module classes, got \['blocks.\*', 3\]"):
-        ss.shard(model, adamw(model), units=["blocks.*", 3])
+    with pytest.raises(ss.ConfigError, match=f"name patterns or module classes, got {got}"):
+        ss.shard(model, adamw(model), units=units)
+
+
+def test_one_pattern_of_units_that_matches_nothing_beside_others():
+    model = tied()
+    with pytest.raises(ss.ConfigError, match=r"each pattern of units=.* of Tied, but 'block.1' matches none"):
+        ss.shard(model, adamw(model), units=["blocks.0", "block.1"])
+
+
+def test_a_model_is_a_module():
+    model = tied()
+    with pytest.raises(ss.ConfigError, match=r"expected shard\(model, optimizer\), got AdamW for the model"):
+        ss.shard(adamw(model), model)
+
+
+@pytest.mark.parametrize("flag", ["update_in_backward", "trace_nonfinite", "overlap_param_gather"])
+def test_flags_are_true_or_false(flag):
+    model = tied()
+    with pytest.raises(ss.ConfigError, match=f"{flag} to be True or False, got 'no'"):
+        ss.shard(model, adamw(model), **{flag: "no"})
+    assert_untouched(model)
+
+
+@pytest.mark.parametrize("name", ["encode", "blocks"])
+def test_an_entry_is_a_method(name):
+    model = tied()
+    handle = ss.shard(model, adamw(model))
+    with pytest.raises(ss.ConfigError, match=f"a method of Tied to be an entry, got '{name}'"):
+        handle.add_entry(name)
 
 
 @pytest.mark.parametrize("stage", [2, 3, {"blocks.1": 2, "*": 1}])
@@ -260,6 +293,13 @@ def test_batches_that_cannot_be_dealt(choice, text):
     _, _, sharded = tied_and_sharded()
     with pytest.raises(ss.ConfigError, match=text):
         sharded.micro_batches(Tokens(), **{"global_batch": 8, "micro_batch": 2, "seed": 0} | choice)
+
+
+@pytest.mark.parametrize("dataset", [torch.utils.data.DataLoader(Tokens(), batch_size=2), iter([1, 2])])
+def test_a_loader_is_no_dataset(dataset):
+    _, _, sharded = tied_and_sharded()
+    with pytest.raises(ss.ConfigError, match=f"a map-style dataset, .*, got {type(dataset).__name__}; give a loader's"):
+        sharded.micro_batches(dataset, global_batch=8, micro_batch=2, seed=0)
 
 
 # - parameters that are freed
