@@ -29,7 +29,10 @@ def add_commands(commands: Any) -> None:
     debugging = own.add_parser("debug", help="run a rule on one element and print every line's values")
     debugging.add_argument("rule", help="as for show")
     debugging.add_argument(
-        "values", nargs=argparse.REMAINDER, metavar="--NAME VALUE", help="param, grad, states, hyper-parameters, step"
+        "values",
+        nargs=argparse.REMAINDER,
+        metavar="--NAME VALUE",
+        help="param, grad, states, hyper-parameters, step (1, 1, 0, the defaults, 2)",
     )
     debugging.set_defaults(command=_debug)
 
@@ -57,9 +60,10 @@ def _known() -> list[Rule]:
 
 
 def _list(_: argparse.Namespace) -> int:
-    for rule in _known():
-        compiled = compile_rule(rule)
-        print(f"{rule.name:12} {compiled.locality:12} {', '.join(rule.states) or '-':28} {rule.place}")
+    rows = [(r.name, compile_rule(r).locality, ", ".join(r.states) or "-", r.place) for r in _known()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     return 0
 
 

@@ -58,8 +58,20 @@ def leave_process_group() -> None:
 
 
 def world() -> ProcessGroup | None:
-    """All ranks, if torch.distributed is initialised."""
-    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    """All ranks, if torch.distributed is initialised. Raises ConfigError if it should be: under torchrun with several
+    processes, each of them would train a model of its own.
+    """
+    if not dist.is_available():
+        return None
+    if dist.is_initialized():
+        return dist.group.WORLD
+    started = os.environ.get("WORLD_SIZE", "1")
+    if dist.is_torchelastic_launched() and started != "1":
+        raise ConfigError(
+            f"expected torch.distributed.init_process_group() before the first call of shardstep in a script that "
+            f"torchrun has started {started} times, got none; call it at the begin of the script"
+        )
+    return None
 
 
 def place_in(group: ProcessGroup) -> tuple[int, int]:

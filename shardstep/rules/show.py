@@ -34,6 +34,8 @@ def show(rule: Rule, stage: str, hypers: Mapping[str, object]) -> str:
 
     Raises RuleErrors if the rule is wrong, ConfigError for an unknown stage or hyper-parameter.
     """
+    if hypers:
+        complete(rule, hypers)  # the first stages do not need them, but a wrong name is wrong there too
     match stage:
         case "parse":
             return syntax.to_text(parse(rule))

@@ -62,8 +62,21 @@ def test_a_rule_for_whole_tensors_has_no_phases():
 def test_the_rules_that_come_along_are_listed(capsys):
     assert main(["rules", "list"]) == 0
     listed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert listed["adamw"].startswith("adamw        elementwise  exp_avg, exp_avg_sq")
-    assert listed["lamb"].startswith("lamb         reduced ")
+    assert listed["adamw"].split()[1:4] == ["elementwise", "exp_avg,", "exp_avg_sq,"]
+    assert listed["lamb"].split()[1] == "reduced"
+
+
+def test_the_list_is_a_table(capsys):
+    main(["rules", "list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len({line.rindex(" ") for line in lines}) == 1, "the last column begins at one place"
+
+
+@pytest.mark.parametrize("stage", ["parse", "ir", "asm"])
+def test_a_flag_of_another_name_is_refused_at_every_stage(capsys, stage):
+    assert main(["rules", "show", "adam", "--stage", stage, "--flags", "amsgrd=true"]) == 2
+    assert "(lr, betas, eps, " in (said := capsys.readouterr().err)
+    assert "got amsgrd" in said
 
 
 def test_a_rule_of_ones_own_file(capsys):

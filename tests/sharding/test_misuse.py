@@ -123,6 +123,17 @@ def test_an_optimizer_of_torch():
         ss.shard(model, torch.optim.AdamW(model.parameters()))
 
 
+def test_torchrun_without_a_process_group(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model = tied()
+    with pytest.raises(ss.ConfigError, match=r"init_process_group\(\) .* torchrun has started 2 times, got none"):
+        ss.shard(model, adamw(model))
+    assert_untouched(model)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    ss.shard(model, adamw(model))
+
+
 def test_shard_twice_on_a_model():
     model, optimizer, _ = tied_and_sharded()
     with pytest.raises(ss.ConfigError, match=r"not sharded yet, but shard\(\) was already called on this one"):
