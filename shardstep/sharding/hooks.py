@@ -8,6 +8,7 @@ latter is remembered, and both are gathered together from then on. A call of a p
 model's own forward, gathers the root. This room decides when; `Space` and `Gradients` do it.
 """
 
+import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -239,15 +240,23 @@ class Hooks:
                     self._gradients.early.done(self._units[order].spaces)
 
     def _arrival(self, order: int, space: Space, index: int) -> Callable[[Tensor], None]:
-        gradients = self._gradients
+        """The hook of a parameter. torch hides what such a hook refers to from Python's garbage collection, so a strong
+        reference back to the parameter would keep the whole model for ever.
+        """
+        weak_self, weak_space = weakref.ref(self), weakref.ref(space)
 
-        def arrived(parameter: Tensor) -> None:
-            if not gradients.in_backward:
-                self._enter_backward()
-            nested = torch._C._current_graph_task_id() != self._task
-            gradients.arrived(space, index, in_parts=nested and self._calls.are_several(order))
+        def arrived(_: Tensor) -> None:
+            hooks, owner = weak_self(), weak_space()
+            if hooks is not None and owner is not None:  # else model and optimizer are gone
+                hooks._arrived(order, owner, index)
 
         return arrived
+
+    def _arrived(self, order: int, space: Space, index: int) -> None:
+        if not self._gradients.in_backward:
+            self._enter_backward()
+        nested = torch._C._current_graph_task_id() != self._task
+        self._gradients.arrived(space, index, in_parts=nested and self._calls.are_several(order))
 
     def _enter_backward(self) -> None:
         if not self._gradients.in_backward:

@@ -4,7 +4,9 @@ What trains alike is in the zoo (`test_zoo`).
 """
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -298,6 +300,23 @@ def test_a_sharded_model_is_not_copied(stage, way):
         return
     with pytest.raises(ss.ConfigError, match=r"not sharded to copy or pickle.* save model.state_dict\(\)"):
         way(model)
+
+
+def gone(stage: int) -> bool:
+    """Whether nothing is left of a model that was sharded and trained, once nobody refers to it."""
+    model, optimizer, handle = sharded(stage=stage)
+    plain(model, 0).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    left = [weakref.ref(thing) for thing in (model, optimizer, handle, *model.parameters())]
+    del model, optimizer, handle
+    gc.collect()
+    return not any(ref() is not None for ref in left)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_model_that_nobody_refers_to_is_gone(stage):
+    assert gone(stage)
 
 
 # - exceptions
