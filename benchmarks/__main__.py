@@ -8,45 +8,30 @@ import json
 import sys
 from dataclasses import asdict, replace
 
-from benchmarks import machine, report, save, session
+from benchmarks import arguments, machine, report, save, session
 from benchmarks.config import DTYPES, MODELS, QUICK_MODEL, SessionConfig
 from benchmarks.names import DEFAULT, KNOWN, processes
 
 EXPECTED_BYTES_PER_PROCESS = 1.1e9  # of the model of 25 M parameters
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--dtype", choices=(*DTYPES, "both"), default="both")
-    parser.add_argument("--contestants", type=_names, default=DEFAULT, help=f"from: {','.join(KNOWN)}")
-    parser.add_argument("--rounds", type=_positive, help="measured rounds, after one that is discarded (8)")
-    parser.add_argument("--steps", type=_positive, help="steps of each contestant in a round (3)")
+    parser.add_argument("--contestants", type=arguments.names, default=DEFAULT, help=f"from: {','.join(KNOWN)}")
+    parser.add_argument("--rounds", type=arguments.positive, help="measured rounds, after one that is discarded (8)")
+    parser.add_argument("--steps", type=arguments.positive, help="steps of each contestant in a round (3)")
     parser.add_argument("--model", choices=MODELS, default="25m", help="a GPT of so many parameters (25m)")
-    parser.add_argument("--layers", type=_positive, help="layers of the model, if not its own")
-    parser.add_argument("--batch", type=_positive, help="batch of each rank (2)")
-    parser.add_argument("--ranks", type=_positive, help="processes of each contestant that communicates (2)")
+    parser.add_argument("--layers", type=arguments.positive, help="layers of the model, if not its own")
+    parser.add_argument("--batch", type=arguments.positive, help="batch of each rank (2)")
+    parser.add_argument("--ranks", type=arguments.positive, help="processes of each contestant that communicates (2)")
     parser.add_argument("--seed", type=int, default=0, help="of the model, the data and the order of turns")
     parser.add_argument("--quick", action="store_true", help="tiny model, 2 rounds: does it run at all?")
     parser.add_argument("--json", action="store_true", help="print the raw result instead of tables")
     today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     parser.add_argument("--save", nargs="?", const=today, metavar="NAME", help="keep it (default: the date)")
-    return parser.parse_args(arguments)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-    return number
-
-
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name for name in text.split(",") if name))
-    unknown = [name for name in names if name not in KNOWN]
-    if unknown or not names:
-        raise argparse.ArgumentTypeError(f"expected names from {', '.join(KNOWN)}; got {text!r}")
-    return names
+    return parser.parse_args(words)
 
 
 def configure(options: argparse.Namespace) -> SessionConfig:

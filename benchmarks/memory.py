@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from benchmarks import machine
+from benchmarks import arguments, machine
 from benchmarks.config import DTYPES, MODELS, ModelConfig
 from benchmarks.contestants import BUILDERS
 from benchmarks.model import GPT, Batches, make_model
@@ -107,9 +107,9 @@ def main() -> int:
     """Run one contestant after the other and print the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     parser.add_argument("--dtype", choices=(*DTYPES, "both"), default="both")
-    parser.add_argument("--contestants", default=DEFAULT, help=f"from: {','.join(KNOWN)}")
+    parser.add_argument("--contestants", type=arguments.names, default=DEFAULT, help=f"from: {','.join(KNOWN)}")
     parser.add_argument("--model", choices=MODELS, default="25m")
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=arguments.positive, default=2)
     options = parser.parse_args()
     os.environ |= ENVIRONMENT
     about = machine.describe()
@@ -118,8 +118,8 @@ def main() -> int:
         end="\n\n",
     )
     for dtype in DTYPES if options.dtype == "both" else (options.dtype,):
-        names = options.contestants.split(",")
-        figures = {name: measure(name, dtype, MODELS[options.model], options.ranks) for name in names}
+        contestants = options.contestants
+        figures = {name: measure(name, dtype, MODELS[options.model], options.ranks) for name in contestants}
         print(report(dtype, figures), end="\n\n")
     return 0
 
