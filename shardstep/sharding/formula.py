@@ -31,7 +31,7 @@ class SpaceSize:
     """What the formula needs to know of a space. ``rule``: the number of its rule; ``moved``: for one with matrix
     products, the bytes of an element of each tensor that go to its owner and that come back; ``order``: the places of
     its parameters among the model's, of which backward reaches the last ones first; ``elementwise``: whether its rule
-    sees single elements only.
+    sees single elements only; ``averages``: how many are kept of it.
     """
 
     layout: Layout
@@ -43,12 +43,13 @@ class SpaceSize:
     moved: tuple[tuple[int, int], ...] = ()
     order: tuple[int, ...] = ()
     elementwise: bool = False
+    averages: int = 0
 
 
 @dataclass(frozen=True)
 class Formula:
-    """``units`` holds the spaces of each unit in declared order, the root first. ``averages``: how many are kept of the
-    parameters; ``in_backward``: whether spaces are updated there where they can be.
+    """``units`` holds the spaces of each unit in declared order, the root first. ``in_backward``: whether spaces are
+    updated there where they can be.
     """
 
     units: list[list[SpaceSize]]
@@ -58,7 +59,6 @@ class Formula:
     schedule: Schedule
     rank: int
     overlap_grad_reduce: bool = True
-    averages: int = 0
     in_backward: bool = False
 
     def unsharded(self) -> "Formula":
@@ -121,7 +121,7 @@ class Formula:
 
     def _state_bytes(self, space: SpaceSize, there: list[Place]) -> int:
         precision, owned = space.precision, self._owned(space)
-        kept = owned * self.averages * precision.compute.itemsize
+        kept = owned * space.averages * precision.compute.itemsize
         kept += owned * precision.master.itemsize if precision.master != precision.params else 0
         arrays = [(declared, array) for declared in in_all(space.states) for array in stored_arrays(declared)]
         kept += sum(

@@ -10,6 +10,8 @@ Nothing here knows about modules or optimizers.
 
 from collections.abc import Sequence, Set
 
+import torch
+
 from shardstep.collectives import Group
 from shardstep.config import Schedule
 from shardstep.errors import ConfigError, RankMismatchError, SequenceError
@@ -83,12 +85,8 @@ class Gradients:
 
     def begin_backward(self, repeated: Set[int] = frozenset()) -> None:
         """Open the next leaf; ``repeated``: see `EarlyUpdates.begin`."""
-        if self._broken:
-            raise SequenceError(
-                "expected optimizer.zero_grad() after a backward() that was left by an exception, got another "
-                "backward(): some of the gradients of the first one are there and others are not"
-            )
         self._discard_what_was_zeroed()
+        self._check_not_broken("another backward()")
         if self._settled:
             raise SequenceError(
                 "expected optimizer.step() or optimizer.zero_grad() after the gradients were unscaled, read or set, "
@@ -107,9 +105,22 @@ class Gradients:
         leaves = self.leaves + 1
         return self._expected_leaves == leaves and not self._spent and self._is_complete_subtree(leaves)
 
-    def prepare_step(self) -> None:
-        """Forget what was zeroed, and raise if there is something else that a step cannot be made of."""
+    def notice_exception(self) -> None:
+        """Nobody tells that an exception has left backward(); it has if autograd does not work."""
+        if self.in_backward and torch._C._current_graph_task_id() < 0:
+            self.leave_backward()
+
+    def catch_up(self, what: str = "optimizer.step()") -> None:
+        """Forget what was zeroed. Raises if ``what`` is called inside backward(), or after it was left half done."""
+        self.notice_exception()
+        if self.in_backward:
+            raise SequenceError(f"expected {what} outside backward(), got it inside it, from a hook; call it after")
         self._discard_what_was_zeroed()
+        self._check_not_broken(what)
+
+    def prepare_step(self, what: str = "optimizer.step()") -> None:
+        """As `catch_up`, and raise if there is something else that a step cannot be made of."""
+        self.catch_up(what)
         if self._mixed:
             raise SequenceError(
                 "expected zero_grad() between optimizer.step() and the next backward(): the step has used up its "
@@ -117,16 +128,25 @@ class Gradients:
             )
 
     def _discard_what_was_zeroed(self) -> None:
-        """Whoever sets ``p.grad`` to None, as model.zero_grad() does, means the gradient that it stands for."""
-        given, there = (
-            sum(counts) for counts in zip(*(space.leaves.standing() for space in self._spaces), strict=True)
-        )
-        if given and not there:
+        """Whoever sets ``p.grad`` to None, as model.zero_grad() does, means the gradient that it stands for.
+
+        A pass that was left before any gradient has arrived has left none a stand-in, whatever was zeroed.
+        """
+        counts = [space.leaves.standing() for space in self._spaces]
+        given, there = sum(given for given, _ in counts), sum(there for _, there in counts)
+        if given and not there and (self._arrived or not self._broken):
             self.discard()
-        elif there < given:
+        elif there < given and not self._broken:
             raise SequenceError(
                 f"expected zero_grad() for all trained parameters of a sharded model or for none, but {given - there} "
                 f"of {given} gradients were set to None or replaced; call optimizer.zero_grad()"
+            )
+
+    def _check_not_broken(self, what: str) -> None:
+        if self._broken:
+            raise SequenceError(
+                f"expected optimizer.zero_grad() after a backward() that was left by an exception, got {what}: what "
+                f"there is of this step's gradients is not whole"
             )
 
     def _check_scaled(self, scaling: Scaling) -> None:
@@ -196,8 +216,8 @@ class Gradients:
             self.early.check(sentence)
 
     def leave_backward(self) -> None:
-        """The pass was left by an exception: what it has gathered cannot be used."""
-        self.in_backward, self._broken = False, self._arrived
+        """The pass was left by an exception: what it has gathered, and was to be added to, cannot be used."""
+        self.in_backward, self._broken = False, self._arrived or self.leaves > 0
         if self.scaling is not None:
             self.scaling.reached = False
 

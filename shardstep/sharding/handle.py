@@ -4,7 +4,7 @@ Nothing here changes what training computes.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -118,8 +118,7 @@ class Sharded:
     @property
     def bytes(self) -> ByteReport:
         """Parameters, gradients and optimizer state (averages are counted with it) in the engine's own buffers."""
-        averages = max(len(space.averages) for unit in self._units for space in unit.spaces)
-        formula = replace(self._formula(max(1, self._gradients.most_leaves)), averages=averages)
+        formula = self._formula(max(1, self._gradients.most_leaves))
         return ByteReport(self._ledger.peak, formula.peak(), formula.unsharded().peak())
 
     def ranges(self, rank: int | None = None) -> Ranges:

@@ -198,6 +198,7 @@ def _size(space: Space, optimizer: Optimizer | Combined, order: Mapping[str, int
         travelling,
         places,
         rule in optimizer.elementwise,
+        len(space.averages),
     )
 
 

@@ -57,6 +57,8 @@ class Space:
         self.unit_name, self.tag, self.layout, self.parts, self.parameters = unit_name, tag, layout, parts, parameters
         self.stage, self.precision = stage, precision
         self.trained = parameters[0].requires_grad
+        self.frozen = set[int]() if self.trained else set(range(len(parameters)))
+        """Those of the parameters that are not trained: all or none, until some of them join the optimizer."""
         self.shard_numel = layout.shard_numel(group.size)
         self.padded_numel = layout.padded_numel(group.size)
         self.steps = [0] * len(parameters)
@@ -262,9 +264,10 @@ class Space:
 
     # - averages
 
-    def make_average(self) -> None:
-        """Allocate one more average over what this rank owns."""
+    def make_average(self) -> int:
+        """Allocate one more average over what this rank owns; its number."""
         self.averages.append(self._ledger.take("state", self.master.numel(), self.precision.compute))
+        return len(self.averages) - 1
 
     def exchange(self, number: int) -> None:
         """Let the parameters and average ``number`` change places on this rank; the same again undoes it, to the bit.

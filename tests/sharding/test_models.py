@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import shardstep as ss
 from shardstep.sharding.whole import whole_of
-from tests.sharding.zoo import Method, Stack, batch, frozen_first, plain
+from tests.sharding.zoo import ZOO, Method, Stack, batch, frozen_first, plain
 
 LEAVES = 4
 
@@ -103,6 +103,32 @@ def test_a_frozen_sharded_teacher_and_two_models_in_one_loss(ranks):
     assert ranks(2).run(distilled, True) == [pytest.approx(distilled(False), rel=1e-9)] * 2
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_gradients_pass_through_a_model_that_is_frozen_altogether(stage):
+    """As through a network that a loss is made with; some of it may be trained later."""
+    model, plainly = stack(), stack()
+    found = []
+    for critic in (model, plainly):
+        critic.requires_grad_(False)
+        if critic is model:
+            optimizer = ss.optim.SGD(critic.stem.parameters(), lr=0.1)
+            handle = ss.shard(critic, optimizer, stage=stage, units="blocks.*")
+        x = batch(0).requires_grad_()
+        critic(x).backward()
+        found.append(x.grad)
+    assert torch.equal(*found)
+    assert stage < 3 or freed(model)
+    with pytest.raises(ss.ConfigError, match="all were frozen"):
+        ss.Average(model.requires_grad_())
+    optimizer.step()
+    optimizer.zero_grad()
+    model.requires_grad_(False)
+    optimizer.add_param_group({"params": list(model.head.requires_grad_().parameters())})
+    plain(model, 0).backward()
+    optimizer.step()
+    assert handle.step_count == 1
+
+
 # - gradients that are zeroed
 
 
@@ -129,6 +155,21 @@ def test_a_step_after_the_models_zero_grad_does_nothing():
     optimizer.step()
     assert handle.step_count == 0
     assert_same(model.state_dict(), stack().state_dict())
+
+
+def zeroed_where_no_hook_sees_backward_begin(how: str) -> list[float]:
+    entry = ZOO["outputs: closure"]
+    model, optimizer, _ = sharded(entry.make, stage=1)
+    for step in range(3):
+        entry.backward(model, step)
+        optimizer.step()
+        {"model": model.zero_grad, "optimizer": optimizer.zero_grad}[how]()
+    return [value.sum().item() for value in model.state_dict().values()]
+
+
+def test_zeroing_by_the_model_before_a_gradient_that_arrives_unannounced():
+    wanted = zeroed_where_no_hook_sees_backward_begin("optimizer")
+    assert zeroed_where_no_hook_sees_backward_begin("model") == wanted
 
 
 def test_zeroing_a_part_is_refused():
@@ -335,6 +376,61 @@ def failed_in_backward(where: str) -> dict[str, Tensor]:
 class _Failing:
     def __call__(self, *_: Any) -> None:
         raise ZeroDivisionError
+
+
+def failing_backward(model: nn.Module, where: str) -> None:
+    """An exception before any gradient of a parameter, between two, or after all of them."""
+    x = batch(5).requires_grad_()
+    handle = model.blocks[1].register_forward_hook(lambda *args: args[2].register_hook(_Failing()) and None)
+    if where != "between":
+        handle.remove()
+    loss = model(x, 5)
+    handle.remove()
+    if where != "between":
+        {"before": loss, "after": x}[where].register_hook(_Failing())
+    with pytest.raises(ZeroDivisionError):
+        loss.backward()
+
+
+@pytest.mark.parametrize("where", ["before", "between", "after"])
+def test_nothing_goes_on_from_what_a_failed_backward_has_left(where):
+    """The gradients of an earlier micro-batch were given up silently, if the exception came before all others."""
+    model, optimizer, handle = sharded()
+    plain(model, 0).backward()
+    failing_backward(model, where)
+    text = r"zero_grad\(\) after a backward\(\) that was left by an exception, got "
+    with pytest.raises(ss.SequenceError, match=text + "optimizer.step"):
+        optimizer.step()
+    with pytest.raises(ss.SequenceError, match=text + "full_grad"):
+        handle.full_grad("head.weight")
+    with pytest.raises(ss.SequenceError, match=text + "another backward"):
+        plain(model, 1).backward()
+    assert handle.step_count == 0
+    optimizer.zero_grad()
+    plain(model, 0).backward()
+    optimizer.step()
+    assert handle.step_count == 1
+
+
+@pytest.mark.parametrize("where", ["between", "after"])
+def test_the_models_zero_grad_recovers_from_a_failed_backward_too(where):
+    wanted, optimizer, _ = sharded()
+    plain(wanted, 0).backward()
+    optimizer.step()
+    model, optimizer, handle = sharded()
+    failing_backward(model, where)
+    model.zero_grad()
+    handle.full_param("head.weight")
+    plain(model, 0).backward()
+    optimizer.step()
+    assert_same(model.state_dict(), wanted.state_dict())
+
+
+def test_a_step_from_within_backward_is_refused():
+    model, optimizer, _ = sharded()
+    model.stem.weight.register_post_accumulate_grad_hook(lambda _: optimizer.step())
+    with pytest.raises(ss.SequenceError, match=r"expected optimizer.step\(\) outside backward"):
+        plain(model, 0).backward()
 
 
 @pytest.mark.parametrize("where", ["recompute", "hook"])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler as lrs
 
 import shardstep as ss
+from shardstep.sharding import units
 from tests.sharding.models import BF16, Tied, Tokens
 
 MIXED = {"blocks.0": 3, "blocks.1": 1, "*": 2}
@@ -104,6 +105,13 @@ def unfreezing_reference(only: int, bf16: bool) -> str:
     if bf16:
         return unfreezing_run(stage=0, only=only, precision=BF16)[0]
     return unfreezing_run(shard=False, only=only)[0]
+
+
+def test_frozen_neighbours_of_what_joins_have_no_part_in_the_digest(monkeypatch):
+    """Joined blocks have one space for all that is frozen, which gets a master when any of it is trained."""
+    wanted = unfreezing_run(stage=0, only=1, precision=BF16)[0]
+    monkeypatch.setattr(units, "SMALL_NUMEL", 1 << 20)
+    assert unfreezing_run(stage=3, only=1, precision=BF16)[0] == wanted
 
 
 def test_a_master_that_joins_begins_with_the_stored_values():
