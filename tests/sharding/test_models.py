@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import shardstep as ss
 from shardstep.sharding.whole import whole_of
-from tests.sharding.zoo import ZOO, Method, Stack, batch, frozen_first, plain
+from tests.sharding.zoo import ZOO, Method, ReturnsParameters, Stack, batch, frozen_first, plain
 
 LEAVES = 4
 
@@ -286,6 +286,24 @@ def generated_without() -> float:
 def test_generation_without_it_gathers_as_it_goes(ranks):
     wanted = stack(Greedy).generate(batch(1), 3).sum().item()
     assert ranks(2).run(generated_without) == [pytest.approx(wanted, rel=1e-12)] * 2
+
+
+def evaluated(stage: int) -> tuple[float, float, bool]:
+    """Blocks give out views of their parameters; before and after a step of training."""
+    model, optimizer, _ = sharded(ReturnsParameters, stage=stage, prefetch=0)
+    losses = []
+    for number in range(2):
+        with torch.no_grad():
+            losses.append(plain(model, number).item())
+        plain(model, number).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses[0], losses[1], freed(model)
+
+
+def test_evaluation_of_blocks_that_give_out_views_of_their_parameters(ranks):
+    wanted = evaluated(0)
+    assert ranks(2).run(evaluated, 3) == [wanted] * 2
 
 
 # - entries
