@@ -15,6 +15,7 @@ Its gradients are `leaves`. A space gathers, frees and holds; when to do so is d
 
 from collections.abc import Callable
 from hashlib import blake2b
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from shardstep.sharding.loans import Loan
 from shardstep.sharding.memory import Ledger
 from shardstep.sharding.ownership import Place
 from shardstep.sharding.tensor_states import States, TensorStates, in_all, in_some
+from shardstep.sharding.units import Part
 from shardstep.types import SCALED_NUMEL
 
 
@@ -46,7 +48,7 @@ class Space:
         unit_name: str,
         tag: int,
         layout: Layout,
-        parts: tuple[tuple[int, int], ...],
+        parts: tuple[Part, ...],
         parameters: list[nn.Parameter],
         stage: Stage,
         precision: Precision,
@@ -136,6 +138,13 @@ class Space:
     def where(self) -> str:
         """How messages name this space."""
         return f"unit {self.unit_name!r}" if self.unit_name else "the root unit"
+
+    @property
+    def trained_parts(self) -> list[bool]:
+        """For each part whether any parameter in it is trained; there is more of the space where others are."""
+        ends = accumulate(part.tensors for part in self.parts)
+        pairs = zip(self.parts, ends, strict=True)
+        return [not self.frozen.issuperset(range(end - part.tensors, end)) for part, end in pairs]
 
     @property
     def communicates(self) -> bool:

@@ -11,6 +11,7 @@ from torch.optim import lr_scheduler as lrs
 
 import shardstep as ss
 from shardstep.sharding import units
+from shardstep.sharding.whole import whole_of
 from tests.sharding.models import BF16, Tied, Tokens
 
 MIXED = {"blocks.0": 3, "blocks.1": 1, "*": 2}
@@ -112,6 +113,17 @@ def test_frozen_neighbours_of_what_joins_have_no_part_in_the_digest(monkeypatch)
     wanted = unfreezing_run(stage=0, only=1, precision=BF16)[0]
     monkeypatch.setattr(units, "SMALL_NUMEL", 1 << 20)
     assert unfreezing_run(stage=3, only=1, precision=BF16)[0] == wanted
+
+
+def test_only_blocks_with_something_that_is_trained_count_in_the_norm(monkeypatch):
+    """Zeros of frozen neighbours would change the order in which the others are added."""
+    monkeypatch.setattr(units, "SMALL_NUMEL", 1 << 20)
+    model = tied()
+    optimizer = ss.optim.AdamW(trained(model))
+    ss.shard(model, optimizer, clip_norm=1.0)
+    (frozen,) = (space for unit in whole_of(model).units for space in unit.spaces if not space.trained)
+    optimizer.add_param_group({"params": [model.blocks[1].frozen.requires_grad_()]})
+    assert frozen.trained_parts == [False, True, False]
 
 
 def test_a_master_that_joins_begins_with_the_stored_values():
