@@ -177,6 +177,13 @@ class Gradients:
 
     def _begin_leaf(self) -> None:
         self._arrived = True
+        told = self.schedule == "per step" and self._overlaps and self._usual_leaves == self._expected_leaves
+        if told and self.leaves == self._usual_leaves:
+            raise SequenceError(
+                f"expected optimizer.step() after {self.leaves} micro-batches, as sharded.expect() was told, got "
+                f"another backward(): their sum was sent with the last of them, and what comes after would be added in "
+                f"another order; tell how many micro-batches each step has on this rank"
+            )
         self._mixed = self._mixed or self._spent
         if self.early is not None and self._expected_leaves is None:
             raise ConfigError(

@@ -32,7 +32,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class SpacePlan:
-    """A flat space to be made: its layout and the parameters in it, in slot order. ``parts``: the spaces that it joins."""
+    """A flat space to be made: its layout, and its parameters in slot order. ``parts``: the spaces that it joins."""
 
     layout: Layout
     parameters: list[nn.Parameter]

@@ -299,6 +299,26 @@ def hiding_reference() -> str:
     return ss.digest(model, optimizer)
 
 
+@pytest.mark.parametrize("told", [2, 4])
+def test_more_micro_batches_than_were_told_are_refused_where_a_sum_was_sent(told):
+    model = tied()
+    optimizer = ss.optim.AdamW(trained(model))
+    sharded = ss.shard(model, optimizer, stage=1, schedule="per step")
+    sharded.expect(told)
+    for _ in range(2):
+        for leaf in range(told):
+            loss_of(model, 0, leaf).backward()
+        with pytest.raises(ss.SequenceError, match=rf"expected optimizer.step\(\) after {told} micro-batches, as"):
+            loss_of(model, 0, told).backward()
+        optimizer.zero_grad()
+    sharded.expect(1)
+    loss_of(model, 0, 0).backward()
+    optimizer.step()
+    loss_of(model, 0, 0).backward()  # of another model's loss, say
+    optimizer.zero_grad()
+    assert sharded.step_count == 1
+
+
 # - what is saved, and what is refused
 
 
