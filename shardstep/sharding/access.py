@@ -97,6 +97,7 @@ class Access:
         self._begin(Act.READ_NAMED, ["state", name, state_name])
         if declared is None:
             return torch.tensor(float(space.steps[index]))
+        space.follow([index])
         label = f"reading state {state_name!r} of {name!r}"
         if declared not in space.declared:
             return next(values for i, values in space.by_tensor.whole(declared, label) if i == index)
@@ -113,6 +114,8 @@ class Access:
         shape = space.layout.slots[index].shape
         self._check_values(name, values, () if declared is None else state_shape(declared.shape, shape))
         self._begin(Act.WRITE_NAMED, ["state", name, state_name])
+        space.follow([index])
+        space.set_states.add((index, state_name))
         if declared is None:
             like = torch.empty(0, dtype=torch.float64, device=space.master.device)
             space.steps[index] = int(self._from_rank_0(values, like, name).item())

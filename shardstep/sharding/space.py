@@ -13,7 +13,7 @@
 Its gradients are `leaves`. A space gathers, frees and holds; when to do so is decided in `hooks` and `step`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from hashlib import blake2b
 from itertools import accumulate
 
@@ -33,7 +33,7 @@ from shardstep.sharding.leaves import Leaves
 from shardstep.sharding.loans import Loan
 from shardstep.sharding.memory import Ledger
 from shardstep.sharding.ownership import Place
-from shardstep.sharding.tensor_states import States, TensorStates, in_all, in_some
+from shardstep.sharding.tensor_states import States, TensorStates, cut, in_all, in_some
 from shardstep.sharding.units import Part
 from shardstep.types import SCALED_NUMEL
 
@@ -69,6 +69,8 @@ class Space:
         self.averages: list[Tensor] = []
         self.declared: tuple[State, ...] = ()
         """The states in ``state``."""
+        self.set_states = set[tuple[int, str]]()
+        """States of parameters that were set by name, and so do not begin as the parameter."""
         self.is_whole = True
         self.is_arriving = False
         """Whether a step has left new parameters on their way."""
@@ -270,6 +272,20 @@ class Space:
     def start_state(self, declared: State) -> None:
         """Let a state begin anew."""
         begin(declared, self.state, self.master)
+
+    def follow(self, indices: Iterable[int]) -> None:
+        """Let states that begin as their parameter be what it is now, of those never updated; but not what was set."""
+        for index in (index for index in indices if not self.steps[index]):
+            own, _ = cut(self.layout.slots[index], self.owned)
+            for declared in (*self.declared, *self.by_tensor.declared_of(index)):
+                if not isinstance(declared.start, str) or (index, declared.name) in self.set_states:
+                    continue
+                if declared in self.declared:
+                    names = [array.name for array in stored_arrays(declared)]
+                    arrays = {name: self.state[name][self.entries(name, own.start, own.stop)] for name in names}
+                else:
+                    arrays = self.by_tensor.of(index, elements=True)
+                begin(declared, arrays, self.master[own])
 
     # - averages
 

@@ -223,6 +223,7 @@ class Step:
         update.segments = [
             segment_of(update.space, values, run, update.scale * self._optimizer.grad_sign(run.group)) for run in runs
         ]
+        update.space.follow(update.space.leaves.touched)
         if self._trace is not None:
             self._trace.remember(update.space, update.segments)
 
