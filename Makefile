@@ -10,8 +10,9 @@ DEV := $(VENV)/.ready-to-develop
 demo: $(READY)
 	$(RUN) -m shardstep demo
 
+# Two processes at a time: much of a test of several ranks is waiting. Each has ranks of its own.
 test: $(DEV)
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n 2 --dist worksteal
 
 check: $(DEV)
 	$(RUN) -m ruff check .
