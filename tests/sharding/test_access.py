@@ -263,7 +263,7 @@ def test_but_not_where_the_state_was_set():
     sharded.set_full_param(NAME, z * 4)
     assert torch.equal(sharded.full_state(NAME, "z"), z)
     one_step(model, optimizer, sharded)
-    assert (sharded.full_state(NAME, "z") - z).abs().max() < 0.2
+    assert (sharded.full_state(NAME, "z") - z).abs().max() < 1
 
 
 def test_names_shapes_and_moments():
