@@ -144,6 +144,7 @@ class Gradients:
 
     def _check_not_broken(self, what: str) -> None:
         if self._broken:
+            self.check_nothing_updated(f"calls {what}")  # zero_grad() would not help
             raise SequenceError(
                 f"expected optimizer.zero_grad() after a backward() that was left by an exception, got {what}: what "
                 f"there is of this step's gradients is not whole"
