@@ -16,6 +16,7 @@ import shardstep as ss
 from shardstep.sharding.handle import ByteReport
 from shardstep.sharding.whole import digest_of, whole_of
 from tests.sharding.models import BF16, Convolutions, Images, Tied, Tokens, train, two_groups
+from tests.sharding.test_joined_units import joining
 
 MIXED = {"blocks.0": 3, "blocks.1": 1, "blocks.*": 2, "": 0}
 STAGES = (0, 1, 2, 3, MIXED)
@@ -212,6 +213,49 @@ def test_an_unsharded_model_gets_its_own_tensors_back(dtype):
         assert torch.equal(values, own[name][1]), name
 
 
+# - parameters that are trained from some step on
+
+
+def averages_around_unfreezing(stage: Any, join: bool) -> tuple[list[list[str]], list[str], bool]:
+    """Names and digests of an average made before one frozen parameter of three is trained, and of one made after,
+    which is loaded into another model; whether the bytes are the formula's.
+    """
+    with joining(1 << 20 if join else 0):
+        model, optimizer, sharded = fresh(Tied, stage=stage)
+        averages = [ss.Average(model, decay=0.9)]
+        for step in steps_of(model, optimizer, sharded, Tokens(), range(3)):
+            if step == 0:
+                optimizer.add_param_group({"params": [model.blocks[0].frozen.requires_grad_()]})
+                averages.append(ss.Average(model, decay=0.9))
+            for average in averages if step >= 0 else ():
+                average.update()
+        sharded.set_full_param("blocks.1.frozen", torch.full((7,), 2.5))
+        with averages[1].applied():
+            applied = ss.digest(model, optimizer)
+            kept = sharded.full_param("blocks.1.frozen").tolist() == [2.5] * 7
+        names = [sorted(average.state_dict()["averages"]) for average in averages]
+        other = Tied()
+        other.blocks[0].frozen.requires_grad_()
+        loaded = ss.Average(other, decay=0.9)
+        loaded.load_state_dict(averages[1].state_dict())
+        digests = [*map(average_digest, (*averages, loaded)), applied]
+        return names, digests, kept and sharded.bytes.peak.state == sharded.bytes.formula.state
+
+
+def averages_around_unfreezings(runs: list[tuple[Any, bool]]) -> list[Any]:
+    return [averages_around_unfreezing(*run) for run in runs]
+
+
+def test_averages_made_before_and_after_frozen_parameters_are_trained(ranks):
+    wanted = averages_around_unfreezing(0, False)
+    (before, after), (_, second, loaded, _), right = wanted
+    assert right
+    assert loaded == second
+    assert sorted({*after} - {*before}) == ["blocks.0.frozen"]
+    for found in ranks(2).run(averages_around_unfreezings, [(stage, join) for stage in (1, 3) for join in (0, 1)]):
+        assert found == [wanted] * 4
+
+
 # - saved and loaded
 
 
@@ -390,7 +434,7 @@ def bytes_run(stage: Any, precision: ss.Precision | None) -> tuple[ByteReport, i
                 with average.applied():
                     pass
     spaces = [space for unit in whole_of(model).units for space in unit.spaces]
-    buffers = sum(average.nbytes for space in spaces for average in space.averages.values())
+    buffers = sum(average.nbytes for space in spaces for average in space.averages)
     return sharded.bytes, buffers, sharded.bytes.peak.state - before
 
 

@@ -53,7 +53,7 @@ class Group:
 
     def __init__(self, process_group: ProcessGroup | None = None, *, checked: bool = False) -> None:
         self.rank, self.size, self.traffic = 0, 1, Traffic()
-        self.records, self.whereabouts, self._checked = Records(), Whereabouts(), checked
+        self.records, self.whereabouts, self.checked = Records(), Whereabouts(), checked
         self._number: int | None = None
         self._tags: int | None = None
         data = process_group or world()
@@ -241,7 +241,7 @@ class Group:
     def _record(self, label: str, nbytes: int, dtype: torch.dtype | None) -> None:
         """Note what all ranks run alike; with ``checked``, make sure of it first."""
         self._note(label, nbytes, dtype)
-        if self._checked:
+        if self.checked:
             self.announce([nbytes], label=f"check before the {label}").compare()
 
     def _note(self, label: str, nbytes: int, dtype: torch.dtype | None) -> None:

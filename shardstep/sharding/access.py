@@ -19,7 +19,7 @@ from shardstep.rules.view import state_shape
 from shardstep.sharding.agreement import Act, Agreement
 from shardstep.sharding.gradients import Gradients
 from shardstep.sharding.space import Space
-from shardstep.sharding.tensor_states import part
+from shardstep.sharding.tensor_states import cut, part
 from shardstep.sharding.unit import Unit
 
 
@@ -49,7 +49,7 @@ class Access:
         self._check_values(name, values, space.layout.slots[index].shape)
         check_writable([space], f"set_full_param({name!r})")
         self._begin(Act.WRITE_NAMED, ["param", name])
-        own, given = _cut(space, index, space.owned)
+        own, given = cut(space.layout.slots[index], space.owned)
         space.arrive()
         space.master[own] = self._from_rank_0(values, space.master, name).view(-1)[given]
         space.values[own] = space.master[own]
@@ -84,7 +84,7 @@ class Access:
         total = space.leaves.tree.total().values
         wide = torch.empty(0, dtype=torch.promote_types(total.dtype, torch.float32), device=total.device)
         run = slice(self._group.rank * space.shard_numel, (self._group.rank + 1) * space.shard_numel)
-        own, given = _cut(space, index, run)
+        own, given = cut(space.layout.slots[index], run)
         total[own] = (self._from_rank_0(values, wide, name).view(-1)[given] * self._gradients.divisor).to(total.dtype)
         space.leaves.touched.add(index)
 
@@ -97,6 +97,7 @@ class Access:
         self._begin(Act.READ_NAMED, ["state", name, state_name])
         if declared is None:
             return torch.tensor(float(space.steps[index]))
+        space.follow([index])
         label = f"reading state {state_name!r} of {name!r}"
         if declared not in space.declared:
             return next(values for i, values in space.by_tensor.whole(declared, label) if i == index)
@@ -113,6 +114,8 @@ class Access:
         shape = space.layout.slots[index].shape
         self._check_values(name, values, () if declared is None else state_shape(declared.shape, shape))
         self._begin(Act.WRITE_NAMED, ["state", name, state_name])
+        space.follow([index])
+        space.set_states.add((index, state_name))
         if declared is None:
             like = torch.empty(0, dtype=torch.float64, device=space.master.device)
             space.steps[index] = int(self._from_rank_0(values, like, name).item())
@@ -180,6 +183,7 @@ class Access:
     def _begin(self, act: Act, what: list[str], flags: Sequence[bool] = ()) -> bool:
         """Make sure that all ranks do the same; whether any has set the flag."""
         gradients = self._gradients
+        gradients.notice_exception()
         if gradients.in_backward:
             raise SequenceError(
                 f"expected full tensors to be read and written outside backward(), got {what} inside it"
@@ -202,14 +206,6 @@ class Access:
         copy = values.detach().to(like.device, like.dtype, copy=True).contiguous()
         self._group.broadcast(copy, label=f"broadcast of new values of {name!r}")
         return copy
-
-
-def _cut(space: Space, index: int, run: slice) -> tuple[slice, slice]:
-    """Where a run of the flat space has elements of a parameter: in the run, and in the parameter."""
-    slot = space.layout.slots[index]
-    start, stop = part(slot, run)
-    first = max(slot.offset + start - run.start, 0)
-    return slice(first, first + stop - start), slice(start, stop)
 
 
 def check_writable(spaces: Sequence[Space], what: str) -> None:

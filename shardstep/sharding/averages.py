@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from shardstep.errors import CollectiveError, ConfigError, RankMismatchError, SequenceError
+from shardstep.layout import Slot
 from shardstep.rules.binding import compute_dtype
 from shardstep.sharding.agreement import Act
 from shardstep.sharding.space import Space
+from shardstep.sharding.tensor_states import cut
 from shardstep.sharding.whole import Whole
 from shardstep.types import Segment
 
@@ -31,15 +33,25 @@ class ShardedAverages:
                 )
         self._whole = whole
         self._spaces = [space for unit in whole.units for space in unit.spaces if space.trained]
+        if not self._spaces:
+            raise ConfigError(
+                "expected a model with parameters that its optimizer trains, got one where all were frozen at shard(); "
+                "give them to add_param_group() first"
+            )
         self._swapped = False
-        self._number = max(len(space.averages) for space in self._spaces)  # those trained from the beginning have all
-        for space in self._spaces:
-            space.make_average(self._number)
+        self._numbers = {space.tag: space.make_average() for space in self._spaces}
+        self._frozen = {space.tag: frozenset(space.frozen) for space in self._spaces}
+        """Which parameters of each space are not averaged, since they were not trained when the average was made."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The whole tensors' shapes, by parameter name."""
-        return {slot.name: slot.shape for space in self._spaces for slot in space.layout.slots}
+        return {slot.name: slot.shape for space in self._spaces for slot in self._slots(space)}
+
+    def _slots(self, space: Space, *, frozen: bool = False) -> list[Slot]:
+        """The places of those that are averaged, or of those that are not."""
+        without = self._frozen[space.tag]
+        return [slot for index, slot in enumerate(space.layout.slots) if (index in without) == frozen]
 
     def segments(self, step: int) -> list[Segment]:
         """What this rank owns: the average as ``param``, the parameters' master as ``grad``; gaps included."""
@@ -48,7 +60,7 @@ class ShardedAverages:
             Segment(
                 group=0,
                 step=step,
-                param=space.averages[self._number],
+                param=space.averages[self._numbers[space.tag]],
                 grad=space.master,
                 state={},
                 low=None,
@@ -98,22 +110,20 @@ class ShardedAverages:
         tensors = {}
         for space in self._spaces:
             flat = space.whole(self._average(space), "reading averages")
-            for slot in space.layout.slots:
+            for slot in self._slots(space):
                 tensors[slot.name] = flat[slot.offset : slot.end].view(slot.shape).clone()
         return tensors
 
     def adopt(self, tensors: Mapping[str, Tensor]) -> None:
         """Cut what this rank owns out of whole averages."""
         for space in self._spaces:
-            average, owned = space.averages[self._number].zero_(), space.owned
-            for slot in space.layout.slots:
-                start, stop = max(slot.offset, owned.start), min(slot.end, owned.stop)
-                if start < stop:
-                    values = tensors[slot.name].reshape(-1)[start - slot.offset : stop - slot.offset]
-                    average[start - owned.start : stop - owned.start].copy_(values)
+            average = space.averages[self._numbers[space.tag]].zero_()
+            for slot in self._slots(space):
+                own, given = cut(slot, space.owned)
+                average[own].copy_(tensors[slot.name].reshape(-1)[given])
 
     def _average(self, space: Space) -> Tensor:
-        average = space.averages[self._number]
+        average = space.averages[self._numbers[space.tag]]
         return space.master if self._swapped and space.master.dtype == average.dtype else average
 
     def _swap(self) -> None:
@@ -126,7 +136,15 @@ class ShardedAverages:
         finally:
             with torch.no_grad():
                 for space in self._spaces:
-                    space.exchange(self._number)
+                    if self._swapped:
+                        self._take_frozen(space)
+                    space.exchange(self._numbers[space.tag])
+
+    def _take_frozen(self, space: Space) -> None:
+        """Let parameters that are not averaged, beside others that are, stay what they are."""
+        for slot in self._slots(space, frozen=True):
+            own, _ = cut(slot, space.owned)
+            space.averages[self._numbers[space.tag]][own] = space.master[own]
 
     def _publish(self, phase: str) -> None:
         """Let the ranks that keep whole parameters (stages 1 and 2) have the others' shards."""

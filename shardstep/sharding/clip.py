@@ -8,6 +8,7 @@ coefficient goes into the update's one multiplication. Clipping by value is of s
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -41,8 +42,8 @@ def global_norm(runs: list[tuple[Space, Tensor]], group: Group, step: int) -> fl
     for space, values in runs:
         blocks = values.numel() // BLOCK_NUMEL
         of_space = sums[:, offset : offset + blocks].reshape(-1)[: space.layout.blocks]
-        cut = torch.split(of_space, [count for _, count in space.parts])
-        by_part |= zip((number for number, _ in space.parts), cut, strict=True)
+        cut = torch.split(of_space, [part.blocks for part in space.parts])
+        by_part |= {part.number: own for part, own in compress(zip(space.parts, cut, strict=True), space.trained_parts)}
         offset += blocks
     return math.sqrt(torch.cat([by_part[number] for number in sorted(by_part)]).sum().item())
 

@@ -53,6 +53,8 @@ class Exchanges:
             None if rank == self._group.rank else self._ledger.take("gradients", space.shard_numel, sent.values.dtype)
             for rank in range(self._group.size)
         ]
+        if self._group.checked:
+            self._agreement.confirm()  # lends again what peers wait for, who come to the comparison after that
         label = f"exchange of the gradients of {space.where} in step {step}"
         pending = self._group.exchange(sent.values, received, tag=2 * space.tag + 1, label=label)
         self._flights.append(_Flight(space, sent, received, pending))

@@ -31,7 +31,7 @@ class SpaceSize:
     """What the formula needs to know of a space. ``rule``: the number of its rule; ``moved``: for one with matrix
     products, the bytes of an element of each tensor that go to its owner and that come back; ``order``: the places of
     its parameters among the model's, of which backward reaches the last ones first; ``elementwise``: whether its rule
-    sees single elements only; ``averages``: how many are kept of its parameters.
+    sees single elements only; ``averages``: how many are kept of it.
     """
 
     layout: Layout

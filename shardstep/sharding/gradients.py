@@ -86,12 +86,8 @@ class Gradients:
 
     def begin_backward(self, repeated: Set[int] = frozenset()) -> None:
         """Open the next leaf; ``repeated``: see `EarlyUpdates.begin`."""
-        if self._broken:
-            raise SequenceError(
-                "expected optimizer.zero_grad() after a backward() that was left by an exception, got another "
-                "backward(): some of the gradients of the first one are there and others are not"
-            )
         self._discard_what_was_zeroed()
+        self._check_not_broken("another backward()")
         if self._settled:
             raise SequenceError(
                 "expected optimizer.step() or optimizer.zero_grad() after the gradients were unscaled, read or set, "
@@ -110,18 +106,22 @@ class Gradients:
         leaves = self.leaves + 1
         return self._expected_leaves == leaves and not self._spent and self._is_complete_subtree(leaves)
 
-    def prepare_step(self, call: str) -> None:
-        """Forget what was zeroed, and raise if there is something else that ``call`` cannot be made with."""
-        self.end_left_pass()
+    def notice_exception(self) -> None:
+        """Nobody tells that an exception has left backward(); it has if autograd does not work."""
+        if self.in_backward and torch._C._current_graph_task_id() < 0:
+            self.leave_backward()
+
+    def catch_up(self, what: str = "optimizer.step()") -> None:
+        """Forget what was zeroed. Raises if ``what`` is called inside backward(), or after it was left half done."""
+        self.notice_exception()
         if self.in_backward:
-            raise SequenceError(f"expected {call} outside backward(), got it inside; call it when backward() is over")
-        if self._broken:
-            self.check_nothing_updated(f"calls {call}")
-            raise SequenceError(
-                f"expected optimizer.zero_grad() after a backward() that was left by an exception, got {call}: some of "
-                f"its gradients are there and others are not; zero them and repeat step {self.step}'s micro-batches"
-            )
+            raise SequenceError(f"expected {what} outside backward(), got it inside it, from a hook; call it after")
         self._discard_what_was_zeroed()
+        self._check_not_broken(what)
+
+    def prepare_step(self, what: str = "optimizer.step()") -> None:
+        """As `catch_up`, and raise if there is something else that a step cannot be made of."""
+        self.catch_up(what)
         if self._mixed:
             raise SequenceError(
                 "expected zero_grad() between optimizer.step() and the next backward(): the step has used up its "
@@ -129,16 +129,26 @@ class Gradients:
             )
 
     def _discard_what_was_zeroed(self) -> None:
-        """Whoever sets ``p.grad`` to None, as model.zero_grad() does, means the gradient that it stands for."""
-        given, there = (
-            sum(counts) for counts in zip(*(space.leaves.standing() for space in self._spaces), strict=True)
-        )
-        if given and not there:
+        """Whoever sets ``p.grad`` to None, as model.zero_grad() does, means the gradient that it stands for.
+
+        A pass that was left before any gradient has arrived has left none a stand-in, whatever was zeroed.
+        """
+        counts = [space.leaves.standing() for space in self._spaces]
+        given, there = sum(given for given, _ in counts), sum(there for _, there in counts)
+        if given and not there and (self._arrived or not self._broken):
             self.discard()
-        elif there < given:
+        elif there < given and not self._broken:
             raise SequenceError(
                 f"expected zero_grad() for all trained parameters of a sharded model or for none, but {given - there} "
                 f"of {given} gradients were set to None or replaced; call optimizer.zero_grad()"
+            )
+
+    def _check_not_broken(self, what: str) -> None:
+        if self._broken:
+            self.check_nothing_updated(f"calls {what}")  # zero_grad() would not help
+            raise SequenceError(
+                f"expected optimizer.zero_grad() after a backward() that was left by an exception, got {what}: what "
+                f"there is of this step's gradients is not whole"
             )
 
     def _check_scaled(self, scaling: Scaling) -> None:
@@ -169,6 +179,13 @@ class Gradients:
 
     def _begin_leaf(self) -> None:
         self._arrived = True
+        told = self.schedule == "per step" and self._overlaps and self._usual_leaves == self._expected_leaves
+        if told and self.leaves == self._usual_leaves:
+            raise SequenceError(
+                f"expected optimizer.step() after {self.leaves} micro-batches, as sharded.expect() was told, got "
+                f"another backward(): their sum was sent with the last of them, and what comes after would be added in "
+                f"another order; tell how many micro-batches each step has on this rank"
+            )
         self._mixed = self._mixed or self._spent
         if self.early is not None and self._expected_leaves is None:
             raise ConfigError(
@@ -185,7 +202,11 @@ class Gradients:
         if self.scaling is not None:
             self.scaling.reached = False
         if not self._arrived:
-            self._end_without_gradients()
+            self.in_backward = False
+            if self.early is not None:
+                self.early.end()
+            for space in self._spaces:
+                space.leaves.return_stand_ins()
             return
         for space in self._turns:
             if space.tag in self._open:
@@ -203,27 +224,11 @@ class Gradients:
         if self.early is not None:
             self.early.check(sentence)
 
-    def end_left_pass(self) -> None:
-        """Notice an exception: a pass that was never ended, when autograd runs none, was left by one.
-
-        What it has gathered cannot be used; if that is nothing, it was no micro-batch.
-        """
-        if not self.in_backward or torch._C._current_graph_task_id() >= 0:
-            return
+    def leave_backward(self) -> None:
+        """The pass was left by an exception: what it has gathered, and was to be added to, cannot be used."""
+        self.in_backward, self._broken = False, self._arrived or self.leaves > 0
         if self.scaling is not None:
             self.scaling.reached = False
-        if self._arrived:
-            self.in_backward, self._broken = False, True
-        else:
-            self._end_without_gradients()
-
-    def _end_without_gradients(self) -> None:
-        """The gradients of earlier passes stand for themselves again."""
-        self.in_backward = False
-        if self.early is not None:
-            self.early.end()
-        for space in self._spaces:
-            space.leaves.return_stand_ins()
 
     def finish(self) -> None:
         """Send what the schedule per step has kept back."""
@@ -294,7 +299,8 @@ class Gradients:
     def discard(self) -> None:
         """Forget all leaves, and allow the next backward pass."""
         self.check_nothing_updated("calls zero_grad()")
-        self.end_left_pass()
+        if self.in_backward:
+            self.leave_backward()
         self._forget()
         for space in self._spaces:
             space.leaves.drop_stand_ins()

@@ -98,7 +98,8 @@ class Sharded:
         """Say how many backward passes this rank makes in each step from now on, in a loop of one's own.
 
         Then the schedule 'per step' sends in the last one, and ``update_in_backward`` updates in it.
-        ``sharded.micro_batches`` says so itself. Raises ConfigError for what is no positive integer.
+        ``sharded.micro_batches`` says so itself. One more pass raises then. Raises ConfigError for what is no positive
+        integer.
         """
         if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 1:
             raise ConfigError(f"expected a positive number of micro-batches in each step, got {micro_batches!r}")

@@ -118,7 +118,7 @@ class Hooks:
         if torch._C._current_graph_task_id() >= 0:
             self._enter_backward()
         else:
-            self._gradients.end_left_pass()
+            self._gradients.notice_exception()
         return self._gradients.in_backward
 
     def _begin_forward(self) -> None:
@@ -139,7 +139,8 @@ class Hooks:
         return self._scaling.outputs(output) if call.enters and self._scaling is not None else None
 
     def _after_call(self, call: Call, output: Any) -> None:
-        turning = torch.is_grad_enabled() and self._expect_backward(call, output)
+        leaving, hidden = self._what_leaves(call, output)
+        turning = torch.is_grad_enabled() and self._expect_backward(call, leaving, hidden=hidden)
         is_complete = self._units[call.order].complete(call.module)
         if self._gradients.in_backward or self._kept:
             return
@@ -149,16 +150,20 @@ class Hooks:
             if order not in needed and not (turning and self._begins_backward(order)):
                 self._units[order].free()
 
-    def _expect_backward(self, call: Call, output: Any) -> bool:
-        """Have backward gather the unit when it reaches one of its outputs; False when it never will."""
+    def _what_leaves(self, call: Call, output: Any) -> tuple[list[Tensor], bool]:
+        """The tensors that leave a module, and whether there may be more that cannot be found."""
         tensors, hidden = tensors_in(output)
         unit = self._units[call.order]
         if unit.stage.shard_params and unit.has(call.module):
-            if call.module not in self._attributes:
+            if call.module not in self._attributes and torch.is_grad_enabled():
                 self._attributes[call.module] = written_attributes(call.module)
-            tensors += tensors_at(self._attributes[call.module])
+            tensors += tensors_at(self._attributes.get(call.module, []))
             self._keep_what_leaves(call.order, tensors)
-        reached = [tensor for tensor in tensors if tensor.requires_grad and tensor.grad_fn is not None]
+        return tensors, hidden
+
+    def _expect_backward(self, call: Call, leaving: list[Tensor], *, hidden: bool) -> bool:
+        """Have backward gather the unit when it reaches one of its outputs; False when it never will."""
+        reached = [tensor for tensor in leaving if tensor.requires_grad and tensor.grad_fn is not None]
         for tensor in reached:
             hooked: Any = tensor  # torch leaves this untyped
             hooked.register_hook(partial(self._before_backward, call))

@@ -115,10 +115,12 @@ class Leaves:
         self.local.clear()
 
     def drop_stand_ins(self) -> None:
-        """Leave no parameter a gradient."""
+        """Take all stand-ins away; a gradient that autograd has just put in the place of one stays."""
         with torch._C.DisableTorchFunctionSubclass():  # or freed parameters would look at each access
             for parameter, stand_in in zip(self._parameters, self.stand_ins, strict=True):
-                parameter.grad = stand_in.arrived = None
+                stand_in.arrived = None
+                if parameter.grad is stand_in:
+                    parameter.grad = None
         self._standing.clear()
 
     def withdraw_stand_ins(self) -> None:
@@ -140,4 +142,4 @@ class Leaves:
         """How many parameters have been given a stand-in, and how many of them have it still."""
         with torch._C.DisableTorchFunctionSubclass():
             there = sum(map(is_, map(_grad, self._parameters), self.stand_ins))
-        return len(self._standing), there
+        return len(self._standing | self._written), there

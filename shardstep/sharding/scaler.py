@@ -24,7 +24,8 @@ class LossScaler:
 
     A step whose gradients overflow anywhere is left out on all ranks. The first ``hysteresis`` - 1 overflows leave the
     scale as it is; the next ones halve it, down to ``minimum``; only doubling renews the patience. All scales are
-    powers of two. Raises ConfigError for arguments that are not.
+    powers of two. Raises ConfigError for arguments that are not. Each model needs one of its own: it counts that
+    model's steps.
     """
 
     def __init__(

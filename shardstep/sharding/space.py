@@ -13,8 +13,9 @@
 Its gradients are `leaves`. A space gathers, frees and holds; when to do so is decided in `hooks` and `step`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from hashlib import blake2b
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,8 @@ from shardstep.sharding.leaves import Leaves
 from shardstep.sharding.loans import Loan
 from shardstep.sharding.memory import Ledger
 from shardstep.sharding.ownership import Place
-from shardstep.sharding.tensor_states import States, TensorStates, in_all, in_some
+from shardstep.sharding.tensor_states import States, TensorStates, cut, in_all, in_some
+from shardstep.sharding.units import Part
 from shardstep.types import SCALED_NUMEL
 
 
@@ -46,7 +48,7 @@ class Space:
         unit_name: str,
         tag: int,
         layout: Layout,
-        parts: tuple[tuple[int, int], ...],
+        parts: tuple[Part, ...],
         parameters: list[nn.Parameter],
         stage: Stage,
         precision: Precision,
@@ -57,15 +59,18 @@ class Space:
         self.unit_name, self.tag, self.layout, self.parts, self.parameters = unit_name, tag, layout, parts, parameters
         self.stage, self.precision = stage, precision
         self.trained = parameters[0].requires_grad
+        self.frozen = set[int]() if self.trained else set(range(len(parameters)))
+        """Those of the parameters that are not trained: all or none, until some of them join the optimizer."""
         self.shard_numel = layout.shard_numel(group.size)
         self.padded_numel = layout.padded_numel(group.size)
         self.steps = [0] * len(parameters)
         self.leaves = Leaves(layout, parameters, self.padded_numel, precision, ledger)
         self.state: dict[str, Tensor] = {}
-        self.averages: dict[int, Tensor] = {}
-        """By the number of the average among the model's."""
+        self.averages: list[Tensor] = []
         self.declared: tuple[State, ...] = ()
         """The states in ``state``."""
+        self.set_states = set[tuple[int, str]]()
+        """States of parameters that were set by name, and so do not begin as the parameter."""
         self.is_whole = True
         self.is_arriving = False
         """Whether a step has left new parameters on their way."""
@@ -135,6 +140,13 @@ class Space:
     def where(self) -> str:
         """How messages name this space."""
         return f"unit {self.unit_name!r}" if self.unit_name else "the root unit"
+
+    @property
+    def trained_parts(self) -> list[bool]:
+        """For each part whether any parameter in it is trained; there is more of the space where others are."""
+        ends = accumulate(part.tensors for part in self.parts)
+        pairs = zip(self.parts, ends, strict=True)
+        return [not self.frozen.issuperset(range(end - part.tensors, end)) for part, end in pairs]
 
     @property
     def communicates(self) -> bool:
@@ -261,11 +273,26 @@ class Space:
         """Let a state begin anew."""
         begin(declared, self.state, self.master)
 
+    def follow(self, indices: Iterable[int]) -> None:
+        """Let states that begin as their parameter be what it is now, of those never updated; but not what was set."""
+        for index in (index for index in indices if not self.steps[index]):
+            own, _ = cut(self.layout.slots[index], self.owned)
+            for declared in (*self.declared, *self.by_tensor.declared_of(index)):
+                if not isinstance(declared.start, str) or (index, declared.name) in self.set_states:
+                    continue
+                if declared in self.declared:
+                    names = [array.name for array in stored_arrays(declared)]
+                    arrays = {name: self.state[name][self.entries(name, own.start, own.stop)] for name in names}
+                else:
+                    arrays = self.by_tensor.of(index, elements=True)
+                begin(declared, arrays, self.master[own])
+
     # - averages
 
-    def make_average(self, number: int) -> None:
-        """Allocate one more average over what this rank owns."""
-        self.averages[number] = self._ledger.take("state", self.master.numel(), self.precision.compute)
+    def make_average(self) -> int:
+        """Allocate one more average over what this rank owns; its number."""
+        self.averages.append(self._ledger.take("state", self.master.numel(), self.precision.compute))
+        return len(self.averages) - 1
 
     def exchange(self, number: int) -> None:
         """Let the parameters and average ``number`` change places on this rank; the same again undoes it, to the bit.

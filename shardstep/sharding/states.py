@@ -51,6 +51,7 @@ def scatter_states(spaces: Sequence[Space], state: States, group: Group) -> None
         steps = steps.to(space.master.device)
         group.broadcast(steps, label=f"broadcast of the step counts of {space.where}")
         space.steps = steps.tolist()
+        space.set_states.clear()
         for declared in space.declared:
             space.start_state(declared)
         for name, run in space.state.items() if any(space.steps) else ():

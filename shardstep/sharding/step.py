@@ -223,6 +223,7 @@ class Step:
         update.segments = [
             segment_of(update.space, values, run, update.scale * self._optimizer.grad_sign(run.group)) for run in runs
         ]
+        update.space.follow(update.space.leaves.touched)
         if self._trace is not None:
             self._trace.remember(update.space, update.segments)
 
@@ -260,7 +261,7 @@ class Step:
             space = update.space
             slots = zip(space.layout.slots, update.keys, space.places, strict=True)
             for index, (slot, key, place) in enumerate(slots):
-                if key is not None:
+                if key is not None and slot.numel:  # one rank has no segment of what is empty
                     scale = update.scale * self._optimizer.grad_sign(key[0])
                     mine = place.owner == self._group.rank
                     squares = space.by_tensor.of(index, elements=False) if mine else {}

@@ -46,6 +46,13 @@ def part(slot: Slot, owned: slice) -> tuple[int, int]:
     return (start - slot.offset, stop - slot.offset) if start < stop else (0, 0)
 
 
+def cut(slot: Slot, run: slice) -> tuple[slice, slice]:
+    """Where a run of the flat space has elements of a parameter: in the run, and in the parameter."""
+    start, stop = part(slot, run)
+    first = max(slot.offset + start - run.start, 0)
+    return slice(first, first + stop - start), slice(start, stop)
+
+
 def kept_numel(declared: State, slot: Slot, owned: slice, is_owner: bool) -> int:
     """How many values of a parameter's state a rank keeps. ``is_owner``: of the whole tensor."""
     if declared.shape in SQUARE and not is_owner:

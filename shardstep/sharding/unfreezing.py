@@ -53,6 +53,7 @@ class Unfreezing:
                 space.train()
                 self._agreement.flags += len(space.parameters)
             self._hooks.await_gradient(space, index)
+            space.frozen.discard(index)
             del self._frozen[id(space.parameters[index])]
         trained = [space for space in self._spaces if space.trained]
         make_states(trained, states_of, rule_of, self._group.size)
@@ -83,7 +84,8 @@ class Unfreezing:
                     f"expected parameters with requires_grad=True to train after shard(), got position {position} of "
                     f"the new group without; call requires_grad_() on it before add_param_group()"
                 )
-        if self._gradients.leaves or self._gradients.in_backward:
+        self._gradients.catch_up("add_param_group()")
+        if self._gradients.leaves:
             raise SequenceError(
                 f"expected add_param_group() between two steps, got it after {self._gradients.leaves} micro-batches of "
                 f"step {self._gradients.step}; call it after optimizer.zero_grad()"

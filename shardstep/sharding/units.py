@@ -9,6 +9,7 @@ elements on their way. Their places stay block by block what they would be apart
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from torch import nn
 
@@ -21,16 +22,22 @@ SMALL_NUMEL = 1 << 21
 """Neighbours of together at most so many elements are one unit."""
 
 
+class Part(NamedTuple):
+    """A space that is joined with others: its number among all of a model's, were none joined, and what it has."""
+
+    number: int
+    blocks: int
+    tensors: int
+
+
 @dataclass(frozen=True)
 class SpacePlan:
-    """A flat space to be made: its layout and the parameters in it, in slot order. ``parts``: the spaces that it joins,
-    each by its number among all of a model's, were none joined, and its blocks.
-    """
+    """A flat space to be made: its layout, and its parameters in slot order. ``parts``: the spaces that it joins."""
 
     layout: Layout
     parameters: list[nn.Parameter]
     precision: Precision
-    parts: tuple[tuple[int, int], ...] = ()
+    parts: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ def plan_units(
             continue
         spaces = []
         for number, plan in enumerate(_spaces(owned[name], precision_of, rule_of), start=count):
-            spaces.append(replace(plan, parts=((number, plan.layout.blocks),)))
+            spaces.append(replace(plan, parts=(Part(number, plan.layout.blocks, len(plan.parameters)),)))
         count += len(spaces)
         plans.append(UnitPlan(name, [module], resolve_stage(stage, name, module), spaces))
     return plans if units is not None else [plans[0], *_joined(plans[1:], rule_of)]

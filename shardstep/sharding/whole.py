@@ -78,8 +78,8 @@ class Whole(NotCopied):
                     runs["master"] = space.master
                 for what, run in {**runs, **space.state}.items():
                     flat = space.whole(run, f"reading {what!r}")
-                    for slot, steps in zip(space.layout.slots, space.steps, strict=True):
-                        if steps or what in runs:
+                    for index, (slot, steps) in enumerate(zip(space.layout.slots, space.steps, strict=True)):
+                        if steps or what == "param" or (what in runs and index not in space.frozen):
                             yield slot.name, what, space.of_slot(slot, what, flat)
                 for declared in space.by_tensor.declared:
                     for index, values in space.by_tensor.whole(declared, f"reading {declared.name!r} of {space.where}"):

@@ -224,6 +224,48 @@ def other_states(stage: int, make: Any) -> list[Any]:
 # - what is refused
 
 
+FOLLOWING = {
+    "schedule-free": lambda model: ss.optim.AdamWScheduleFree(two_groups(model), lr=0.1),
+    "Keras": lambda model: ss.optim.keras.Adam(two_groups(model), use_ema=True, ema_overwrite_frequency=2),
+}
+
+
+def loaded_before_the_first_step(kind: str, stage: int | None, leaves: int) -> str:
+    torch.manual_seed(1)
+    model = Tied().double().eval()
+    optimizer = FOLLOWING[kind](model)
+    sharded = None if stage is None else ss.shard(model, optimizer, stage=stage, units="blocks.*")
+    model.load_state_dict({name: values * 0.5 for name, values in model.state_dict().items()})
+    for step in range(2):
+        backwards(model, sharded, step, leaves)
+        optimizer.step()
+        optimizer.zero_grad()
+    return ss.digest(model, optimizer)
+
+
+@pytest.mark.parametrize("kind", FOLLOWING)
+def test_states_that_begin_as_the_parameter_follow_it_to_its_first_update(ranks, kind):
+    alone = loaded_before_the_first_step(kind, None, 1)
+    assert [loaded_before_the_first_step(kind, stage, 1) for stage in (0, 3)] == [alone] * 2
+    wanted = loaded_before_the_first_step(kind, 0, 2)
+    assert ranks(2).run(loaded_before_the_first_step, kind, 3, 2) == [wanted] * 2
+
+
+def test_but_not_where_the_state_was_set():
+    torch.manual_seed(1)
+    model = Tied().eval()
+    optimizer = FOLLOWING["schedule-free"](model)
+    sharded = ss.shard(model, optimizer)
+    z = torch.full((15, 7), 3.0)
+    sharded.set_full_param(NAME, z * 2)
+    assert torch.equal(sharded.full_state(NAME, "z"), z * 2)
+    sharded.set_full_state(NAME, "z", z)
+    sharded.set_full_param(NAME, z * 4)
+    assert torch.equal(sharded.full_state(NAME, "z"), z)
+    one_step(model, optimizer, sharded)
+    assert (sharded.full_state(NAME, "z") - z).abs().max() < 1
+
+
 def test_names_shapes_and_moments():
     model, optimizer, sharded = tied_and_sharded(stage=3)
     with pytest.raises(ss.ConfigError, match=r"got 'blocks.1.up.wight'; did you mean 'blocks.1.up.weight'\?"):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shardstep.layout import BLOCK_NUMEL, joined, lay_out
 from shardstep.sharding.clip import block_sums, clip_coefficient, global_norm
+from shardstep.sharding.units import Part
 
 
 def random_blocks(blocks: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -57,6 +58,13 @@ class Rank(SimpleNamespace):
         return torch.stack(self.everyone)
 
 
+def space_of(layouts: dict[int, Any], frozen: int | None = None) -> Any:
+    """A space that joins these, each of one tensor, by number."""
+    parts = tuple(Part(number, layout.blocks, 1) for number, layout in layouts.items())
+    trained = [number != frozen for number in layouts]
+    return SimpleNamespace(layout=joined([*layouts.values()]), parts=parts, trained_parts=trained)
+
+
 def norms_on(world_size: int, sums: list[Tensor], layouts: list[Any]) -> list[float]:
     """The global norm as each of ``world_size`` ranks computes it."""
     padded = [
@@ -65,7 +73,7 @@ def norms_on(world_size: int, sums: list[Tensor], layouts: list[Any]) -> list[fl
     ]
     cuts = [[whole.chunk(world_size)[rank] for whole in padded] for rank in range(world_size)]
     everyone = [torch.cat([block_sums(run) for run in runs]) for runs in cuts]
-    spaces = [SimpleNamespace(layout=layout, parts=((n, layout.blocks),)) for n, layout in enumerate(layouts)]
+    spaces = [space_of({n: layout}) for n, layout in enumerate(layouts)]
     ranks = [Rank(rank=rank, size=world_size, everyone=everyone) for rank in range(world_size)]
     return [global_norm(list(zip(spaces, cuts[rank.rank], strict=True)), rank, 0) for rank in ranks]
 
@@ -94,12 +102,15 @@ def test_the_coefficient_is_torchs(norm, clip_norm):
 def test_the_norm_has_the_same_bits_whatever_spaces_are_joined(blocks):
     layouts = [lay_out(torch.float32, [("p", (count * BLOCK_NUMEL,))]) for count in blocks]
     sums = [random_blocks(layout.blocks) for layout in layouts]
-    apart = [SimpleNamespace(layout=layout, parts=((n, layout.blocks),)) for n, layout in enumerate(layouts)]
+    apart = [space_of({n: layout}) for n, layout in enumerate(layouts)]
     together = []
-    for members in (range(0, len(blocks), 2), range(1, len(blocks), 2)):  # as frozen and trained ones of several units
-        parts = tuple((n, layouts[n].blocks) for n in members)
-        space = SimpleNamespace(layout=joined([layouts[n] for n in members]), parts=parts)
+    layouts.append(lay_out(torch.float32, [("p", (7,))]))  # frozen, beside others that have joined the optimizer
+    sums.append(torch.zeros(BLOCK_NUMEL))
+    count = len(layouts)
+    for members in (range(0, count, 2), range(1, count, 2)):  # as frozen and trained ones of several units
+        space = space_of({n: layouts[n] for n in members}, frozen=count - 1)
         together.append((space, torch.cat([sums[n] for n in members])))
+    del sums[-1]
     alone = Rank(rank=0, size=1, everyone=[torch.cat([block_sums(run) for run in sums])])
     alone_joined = Rank(rank=0, size=1, everyone=[torch.cat([block_sums(run) for _, run in together])])
     assert global_norm(together, alone_joined, 0) == global_norm(list(zip(apart, sums, strict=True)), alone, 0)

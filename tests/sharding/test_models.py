@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import shardstep as ss
 from shardstep.sharding.whole import whole_of
-from tests.sharding.zoo import Method, Stack, batch, frozen_first, plain
+from tests.sharding.zoo import ZOO, Method, ReturnsParameters, Stack, batch, frozen_first, plain
 
 LEAVES = 4
 
@@ -105,6 +105,32 @@ def test_a_frozen_sharded_teacher_and_two_models_in_one_loss(ranks):
     assert ranks(2).run(distilled, True) == [pytest.approx(distilled(False), rel=1e-9)] * 2
 
 
+@pytest.mark.parametrize("stage", [0, 3])
+def test_gradients_pass_through_a_model_that_is_frozen_altogether(stage):
+    """As through a network that a loss is made with; some of it may be trained later."""
+    model, plainly = stack(), stack()
+    found = []
+    for critic in (model, plainly):
+        critic.requires_grad_(False)
+        if critic is model:
+            optimizer = ss.optim.SGD(critic.stem.parameters(), lr=0.1)
+            handle = ss.shard(critic, optimizer, stage=stage, units="blocks.*")
+        x = batch(0).requires_grad_()
+        critic(x).backward()
+        found.append(x.grad)
+    assert torch.equal(*found)
+    assert stage < 3 or freed(model)
+    with pytest.raises(ss.ConfigError, match="all were frozen"):
+        ss.Average(model.requires_grad_())
+    optimizer.step()
+    optimizer.zero_grad()
+    model.requires_grad_(False)
+    optimizer.add_param_group({"params": list(model.head.requires_grad_().parameters())})
+    plain(model, 0).backward()
+    optimizer.step()
+    assert handle.step_count == 1
+
+
 # - gradients that are zeroed
 
 
@@ -131,6 +157,21 @@ def test_a_step_after_the_models_zero_grad_does_nothing():
     optimizer.step()
     assert handle.step_count == 0
     assert_same(model.state_dict(), stack().state_dict())
+
+
+def zeroed_where_no_hook_sees_backward_begin(how: str) -> list[float]:
+    entry = ZOO["outputs: closure"]
+    model, optimizer, _ = sharded(entry.make, stage=1)
+    for step in range(3):
+        entry.backward(model, step)
+        optimizer.step()
+        {"model": model.zero_grad, "optimizer": optimizer.zero_grad}[how]()
+    return [value.sum().item() for value in model.state_dict().values()]
+
+
+def test_zeroing_by_the_model_before_a_gradient_that_arrives_unannounced():
+    wanted = zeroed_where_no_hook_sees_backward_begin("optimizer")
+    assert zeroed_where_no_hook_sees_backward_begin("model") == wanted
 
 
 def test_zeroing_a_part_is_refused():
@@ -249,6 +290,24 @@ def test_generation_without_it_gathers_as_it_goes(ranks):
     assert ranks(2).run(generated_without) == [pytest.approx(wanted, rel=1e-12)] * 2
 
 
+def evaluated(stage: int) -> tuple[float, float, bool]:
+    """Blocks give out views of their parameters; before and after a step of training."""
+    model, optimizer, _ = sharded(ReturnsParameters, stage=stage, prefetch=0)
+    losses = []
+    for number in range(2):
+        with torch.no_grad():
+            losses.append(plain(model, number).item())
+        plain(model, number).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses[0], losses[1], freed(model)
+
+
+def test_evaluation_of_blocks_that_give_out_views_of_their_parameters(ranks):
+    wanted = evaluated(0)
+    assert ranks(2).run(evaluated, 3) == [wanted] * 2
+
+
 # - entries
 
 
@@ -356,6 +415,61 @@ class _Failing:
         raise ZeroDivisionError
 
 
+def failing_backward(model: nn.Module, where: str) -> None:
+    """An exception before any gradient of a parameter, between two, or after all of them."""
+    x = batch(5).requires_grad_()
+    handle = model.blocks[1].register_forward_hook(lambda *args: args[2].register_hook(_Failing()) and None)
+    if where != "between":
+        handle.remove()
+    loss = model(x, 5)
+    handle.remove()
+    if where != "between":
+        {"before": loss, "after": x}[where].register_hook(_Failing())
+    with pytest.raises(ZeroDivisionError):
+        loss.backward()
+
+
+@pytest.mark.parametrize("where", ["before", "between", "after"])
+def test_nothing_goes_on_from_what_a_failed_backward_has_left(where):
+    """The gradients of an earlier micro-batch were given up silently, if the exception came before all others."""
+    model, optimizer, handle = sharded()
+    plain(model, 0).backward()
+    failing_backward(model, where)
+    text = r"zero_grad\(\) after a backward\(\) that was left by an exception, got "
+    with pytest.raises(ss.SequenceError, match=text + "optimizer.step"):
+        optimizer.step()
+    with pytest.raises(ss.SequenceError, match=text + "full_grad"):
+        handle.full_grad("head.weight")
+    with pytest.raises(ss.SequenceError, match=text + "another backward"):
+        plain(model, 1).backward()
+    assert handle.step_count == 0
+    optimizer.zero_grad()
+    plain(model, 0).backward()
+    optimizer.step()
+    assert handle.step_count == 1
+
+
+@pytest.mark.parametrize("where", ["between", "after"])
+def test_the_models_zero_grad_recovers_from_a_failed_backward_too(where):
+    wanted, optimizer, _ = sharded()
+    plain(wanted, 0).backward()
+    optimizer.step()
+    model, optimizer, handle = sharded()
+    failing_backward(model, where)
+    model.zero_grad()
+    handle.full_param("head.weight")
+    plain(model, 0).backward()
+    optimizer.step()
+    assert_same(model.state_dict(), wanted.state_dict())
+
+
+def test_a_step_from_within_backward_is_refused():
+    model, optimizer, _ = sharded()
+    model.stem.weight.register_post_accumulate_grad_hook(lambda _: optimizer.step())
+    with pytest.raises(ss.SequenceError, match=r"expected optimizer.step\(\) outside backward"):
+        plain(model, 0).backward()
+
+
 @pytest.mark.parametrize("where", ["recompute", "hook"])
 def test_an_exception_in_backward_is_recovered_from_by_zero_grad(ranks, where):
     wanted = stack()
@@ -366,70 +480,6 @@ def test_an_exception_in_backward_is_recovered_from_by_zero_grad(ranks, where):
         optimizer.zero_grad()
     sums = {name: pytest.approx(value.sum().item(), rel=1e-9) for name, value in wanted.state_dict().items()}
     assert ranks(2).run(failed_in_backward, where) == [sums] * 2
-
-
-class _FailsInBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(_: Any, x: Tensor) -> Tensor:
-        return x * 1
-
-    @staticmethod
-    def backward(_: Any, grad: Tensor) -> Tensor:
-        raise ZeroDivisionError
-
-
-def fail_before_any_gradient(model: nn.Module) -> None:
-    handle = model.head.register_forward_hook(lambda _, __, y: _FailsInBackward.apply(y))
-    with pytest.raises(ZeroDivisionError):
-        plain(model, 5).backward()
-    handle.remove()
-
-
-def failed_before_any_gradient(stage: int, more: bool) -> str:
-    """A pass that brings nothing is no micro-batch: what earlier ones have brought stays."""
-    model, optimizer, _ = sharded(stage=stage)
-    plain(model, 0).backward()
-    fail_before_any_gradient(model)
-    if more:
-        plain(model, 1).backward()
-    optimizer.step()
-    return ss.digest(model, optimizer)
-
-
-@pytest.mark.parametrize("stage", [0, 3])
-@pytest.mark.parametrize("more", [True, False])
-def test_an_exception_before_any_gradient_loses_none(ranks, stage, more):
-    model, optimizer, _ = sharded(stage=stage)
-    for k in range(1 + more):
-        plain(model, k).backward()
-    optimizer.step()
-    assert failed_before_any_gradient(stage, more) == ss.digest(model, optimizer)
-    both = ranks(2).run(failed_before_any_gradient, stage, more)
-    assert both[0] == both[1]
-
-
-@pytest.mark.parametrize("earlier", [0, 1])
-def test_a_step_after_an_exception_in_backward_names_it(earlier):
-    model, optimizer, handle = sharded()
-    for k in range(earlier):
-        plain(model, k).backward()
-    hook = model.blocks[1].up.register_full_backward_hook(_Failing())
-    with pytest.raises(ZeroDivisionError):
-        plain(model, 5).backward()
-    hook.remove()
-    for call in (optimizer.step, lambda: handle.full_grad("head.weight")):
-        with pytest.raises(ss.SequenceError, match=r"a backward\(\) that was left by an exception, got .*zero them"):
-            call()
-    optimizer.zero_grad()
-    plain(model, 0).backward()
-    optimizer.step()
-
-
-def test_a_step_in_a_hook_of_backward_is_refused():
-    model, optimizer, _ = sharded()
-    model.head.weight.register_post_accumulate_grad_hook(lambda _: optimizer.step())
-    with pytest.raises(ss.SequenceError, match=r"optimizer\.step\(\) outside backward\(\), got it inside"):
-        plain(model, 0).backward()
 
 
 # - torch.func, torch.compile

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler as lrs
 
 import shardstep as ss
+from shardstep.sharding import units
+from shardstep.sharding.whole import whole_of
 from tests.sharding.models import BF16, Tied, Tokens
 
 MIXED = {"blocks.0": 3, "blocks.1": 1, "*": 2}
@@ -104,6 +106,24 @@ def unfreezing_reference(only: int, bf16: bool) -> str:
     if bf16:
         return unfreezing_run(stage=0, only=only, precision=BF16)[0]
     return unfreezing_run(shard=False, only=only)[0]
+
+
+def test_frozen_neighbours_of_what_joins_have_no_part_in_the_digest(monkeypatch):
+    """Joined blocks have one space for all that is frozen, which gets a master when any of it is trained."""
+    wanted = unfreezing_run(stage=0, only=1, precision=BF16)[0]
+    monkeypatch.setattr(units, "SMALL_NUMEL", 1 << 20)
+    assert unfreezing_run(stage=3, only=1, precision=BF16)[0] == wanted
+
+
+def test_only_blocks_with_something_that_is_trained_count_in_the_norm(monkeypatch):
+    """Zeros of frozen neighbours would change the order in which the others are added."""
+    monkeypatch.setattr(units, "SMALL_NUMEL", 1 << 20)
+    model = tied()
+    optimizer = ss.optim.AdamW(trained(model))
+    ss.shard(model, optimizer, clip_norm=1.0)
+    (frozen,) = (space for unit in whole_of(model).units for space in unit.spaces if not space.trained)
+    optimizer.add_param_group({"params": [model.blocks[1].frozen.requires_grad_()]})
+    assert frozen.trained_parts == [False, True, False]
 
 
 def test_a_master_that_joins_begins_with_the_stored_values():
@@ -277,6 +297,26 @@ def hiding_reference() -> str:
     sum(model(torch.full((1, 3), x)).loss * 0.5 for x in (1.0, 2.0)).backward()
     optimizer.step()
     return ss.digest(model, optimizer)
+
+
+@pytest.mark.parametrize("told", [2, 4])
+def test_more_micro_batches_than_were_told_are_refused_where_a_sum_was_sent(told):
+    model = tied()
+    optimizer = ss.optim.AdamW(trained(model))
+    sharded = ss.shard(model, optimizer, stage=1, schedule="per step")
+    sharded.expect(told)
+    for _ in range(2):
+        for leaf in range(told):
+            loss_of(model, 0, leaf).backward()
+        with pytest.raises(ss.SequenceError, match=rf"expected optimizer.step\(\) after {told} micro-batches, as"):
+            loss_of(model, 0, told).backward()
+        optimizer.zero_grad()
+    sharded.expect(1)
+    loss_of(model, 0, 0).backward()
+    optimizer.step()
+    loss_of(model, 0, 0).backward()  # of another model's loss, say
+    optimizer.zero_grad()
+    assert sharded.step_count == 1
 
 
 # - what is saved, and what is refused

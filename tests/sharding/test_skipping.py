@@ -72,6 +72,7 @@ def test_every_rank_its_own_units_in_its_own_order(ranks, world_size, precision)
     expected = digest_of_run({"stage": 0, **common})
     runs = [{"stage": 3, "prefetch": prefetch, **common} for prefetch in (0, 1, 3)]
     runs.append({"stage": {"blocks.0": 2, "*": 3}, **common})
+    runs += [{"stage": 3, "prefetch": prefetch, "debug": "collectives", **common} for prefetch in (0, 1)]
     for digests in ranks(world_size).run(digests_of_runs, runs):
         assert digests == [expected] * len(runs)
 

@@ -59,6 +59,33 @@ def digests(all_options: list[dict[str, Any]], steps: range = range(4), before: 
     return [ss.digest(*trained(options, steps, before)) for options in all_options]
 
 
+class WithNothing(nn.Module):
+    """One matrix has columns and no elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.something, self.nothing = nn.Linear(3, 2), nn.Parameter(torch.ones(0, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.something(x).sum() + self.nothing.sum()
+
+
+def digest_with_nothing(stage: int) -> str:
+    torch.manual_seed(1)
+    model = WithNothing()
+    optimizer = combined(model)
+    ss.shard(model, optimizer, stage=stage)
+    model(torch.ones(2, 3)).backward()
+    optimizer.step()
+    return ss.digest(model, optimizer)
+
+
+def test_a_matrix_without_elements_has_states_that_stay(ranks):
+    wanted = digest_with_nothing(0)
+    for stage in (0, 3):
+        assert ranks(2).run(digest_with_nothing, stage) == [wanted] * 2
+
+
 def reloaded_digest(options: dict[str, Any]) -> str:
     return ss.digest(*trained(options, reload=True))
 
