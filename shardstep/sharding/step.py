@@ -18,7 +18,7 @@ from shardstep.sharding.buffers import Buffers
 from shardstep.sharding.clip import Clipping, check_finite, clip_values, global_norm
 from shardstep.sharding.combination import Combination, Key
 from shardstep.sharding.gradients import Gradients
-from shardstep.sharding.memory import Ledger
+from shardstep.sharding.memory import Ledger, return_holes
 from shardstep.sharding.nonfinite import NonFiniteTrace
 from shardstep.sharding.ownership import Gathering, Place
 from shardstep.sharding.space import Space
@@ -251,6 +251,7 @@ class Step:
                 published.wait()
         self._buffers.follow_rank_0()
         self._gradients.spend()
+        return_holes(self._gradients.step)
         self._group.whereabouts.at("before its first forward", "", self._gradients.step)
         if self._trace is not None:
             self._trace.raise_if_found(self._gradients.step - 1)

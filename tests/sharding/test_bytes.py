@@ -4,8 +4,11 @@ The formula's scope: every parameter gets a gradient in every micro-batch. The c
 out by hand for one block of 1,024 elements in each space, so that they do not lean on the formula's code.
 """
 
+import ctypes
 import math
+import os
 from dataclasses import astuple, dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 
 import shardstep as ss
 from shardstep.demo.gpt import GPT, GPTConfig
+from shardstep.sharding.memory import laying_out, return_holes
 from tests.sharding.models import BF16
 
 CONFIG = GPTConfig(layers=4, width=14, heads=2, context=8, vocabulary=50)
@@ -225,3 +229,22 @@ def test_bf16_by_hand(ranks):
     assert parameters == 2 * (ALL_SHARDS + PADDED_ROOT + FLOOR)
     assert state == 3 * 4 * ALL_SHARDS  # the fp32 master as well
     assert sent == 2 * ((2 + 1) * ALL_SHARDS - ROOT_SHARD - FLOOR_SHARD)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc")
+def test_free_memory_between_what_stays_goes_back_to_the_kernel_every_so_many_steps():
+    with laying_out():
+        pass
+    buffers = [torch.ones(1 << 18) for _ in range(64)]
+    keep = buffers[1::2]
+    before = resident_bytes()
+    del buffers
+    return_holes(63)
+    assert resident_bytes() > before - (8 << 20)
+    return_holes(64)
+    assert resident_bytes() < before - (24 << 20)
+    assert all(bool((buffer == 1).all()) for buffer in keep)
