@@ -10,13 +10,9 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from shardstep.sharding.freed import WITHOUT_VALUES, called_name
-
-_WITHOUT_VALUES = WITHOUT_VALUES - {"untyped_storage"}
-"""A freed parameter's storage is empty; that of an arriving one has bytes, old and new ones."""
+from shardstep.sharding.freed import WITHOUT_VALUES, AbsentParameter
 
 
 class Home(Protocol):
@@ -27,31 +23,21 @@ class Home(Protocol):
         ...
 
 
-class ArrivingParameter(nn.Parameter):
-    """A parameter whose new values are on their way to this rank."""
+class ArrivingParameter(AbsentParameter):
+    """A parameter whose new values are on their way to this rank. A freed one's storage is empty; this one's has bytes,
+    old and new ones.
+    """
 
+    answers = WITHOUT_VALUES - {"untyped_storage"}
     home: Home
 
     @classmethod
-    def of(cls, home: Home) -> type["ArrivingParameter"]:
-        """The class of the arriving parameters of one flat space."""
-        return type(cls.__name__, (cls,), {"home": home})
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if called_name(func) in _WITHOUT_VALUES:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
+    def fetch(
+        cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> None:
         for kind in types:
             if issubclass(kind, ArrivingParameter):
                 kind.home.arrive()
-        return func(*args, **(kwargs or {}))
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         self.home.arrive()

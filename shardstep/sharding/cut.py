@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shardstep.collectives import BUILDING, Group
 from shardstep.errors import ConfigError, FreedParameterError, RankMismatchError
-from shardstep.sharding.freed import WITHOUT_VALUES, FreedParameter, called_name
+from shardstep.sharding.freed import FreedParameter, called_name
 from shardstep.types import BLOCK_NUMEL
 
 
@@ -45,20 +45,12 @@ class CutParameter(FreedParameter):
     """Who is building at the moment."""
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if called_name(func) in WITHOUT_VALUES:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
+    def fetch(
+        cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> None:
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
         touched = {id(leaf): leaf for leaf in leaves if isinstance(leaf, CutParameter)}
         _builder(next(iter(touched.values())), called_name(func)).touch(list(touched.values()))
-        return func(*args, **(kwargs or {}))
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         size = self.shardstep_cut.group.size

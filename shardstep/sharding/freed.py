@@ -6,7 +6,7 @@ other is an error. Nothing here gathers or frees memory itself.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,15 +39,22 @@ class Home(Protocol):
         ...
 
 
-class FreedParameter(nn.Parameter):
-    """A parameter whose values are spread over the ranks until its unit is gathered again."""
+class AbsentParameter(nn.Parameter):
+    """A parameter whose values are not here, or not yet; ``answers``: what it answers without them."""
 
-    home: Home
+    answers: ClassVar[frozenset[str]] = WITHOUT_VALUES
 
     @classmethod
-    def of(cls, home: Home) -> type["FreedParameter"]:
-        """The class of the freed parameters of one flat space."""
+    def of(cls, home: object) -> type[Self]:
+        """The class of such parameters of one flat space."""
         return type(cls.__name__, (cls,), {"home": home})
+
+    @classmethod
+    def fetch(
+        cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> None:
+        """Make those among the arguments of a call ordinary parameters, with values, or raise."""
+        raise NotImplementedError
 
     @classmethod
     def __torch_function__(
@@ -57,14 +64,27 @@ class FreedParameter(nn.Parameter):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        name = called_name(func)
-        if name in WITHOUT_VALUES:
+        given = kwargs or {}
+        if called_name(func) in cls.answers:
             with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
+                return func(*args, **given)
+        cls.fetch(func, types, args, given)
+        return func(*args, **given)
+
+
+class FreedParameter(AbsentParameter):
+    """A parameter whose values are spread over the ranks until its unit is gathered again."""
+
+    home: Home
+
+    @classmethod
+    def fetch(
+        cls, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> None:
+        name = called_name(func)
         freed = next(arg for arg in _flatten(args, kwargs) if isinstance(arg, FreedParameter))
         if _writes(func, name, freed, args, kwargs) or not freed.home.gather_late():
             raise FreedParameterError(_sentence(freed, name))
-        return func(*args, **(kwargs or {}))  # the parameter is an ordinary one now
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return (
@@ -103,19 +123,19 @@ def called_name(func: Callable[..., Any]) -> str:
     return name
 
 
-def _writes(func: Any, name: str, freed: Any, args: Sequence[Any], kwargs: dict[str, Any] | None) -> bool:
+def _writes(func: Any, name: str, freed: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Whether the call would write into the parameter; what it wrote would be lost when the unit is freed again."""
-    if freed is (kwargs or {}).get("out"):
+    if freed is kwargs.get("out"):
         return True
     in_place = name in _IN_PLACE or getattr(func, "__name__", "") == "__set__"
     in_place = in_place or (name.endswith("_") and not name.endswith("__"))
     return in_place and bool(args) and args[0] is freed
 
 
-def _flatten(args: Sequence[Any], kwargs: dict[str, Any] | None) -> list[Any]:
+def _flatten(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
     """Arguments, with lists and tuples of tensors opened (torch.stack and the like)."""
     flat: list[Any] = []
-    for arg in [*args, *(kwargs or {}).values()]:
+    for arg in [*args, *kwargs.values()]:
         flat.extend(arg if isinstance(arg, list | tuple) else [arg])
     return flat
 

@@ -111,7 +111,7 @@ class Gradients:
         if self.in_backward and torch._C._current_graph_task_id() < 0:
             self.leave_backward()
 
-    def catch_up(self, what: str = "optimizer.step()") -> None:
+    def catch_up(self, what: str) -> None:
         """Forget what was zeroed. Raises if ``what`` is called inside backward(), or after it was left half done."""
         self.notice_exception()
         if self.in_backward:
@@ -119,8 +119,8 @@ class Gradients:
         self._discard_what_was_zeroed()
         self._check_not_broken(what)
 
-    def prepare_step(self, what: str = "optimizer.step()") -> None:
-        """As `catch_up`, and raise if there is something else that a step cannot be made of."""
+    def prepare_step(self, what: str) -> None:
+        """As `catch_up`, and raise if ``what``, a step or a look at gradients, cannot be made of what there is."""
         self.catch_up(what)
         if self._mixed:
             raise SequenceError(

@@ -476,6 +476,35 @@ def test_a_norm_that_is_not_finite(ranks, stage, world_size, poisoned_rank, valu
         assert report["steps"] == 3
 
 
+def origins_named(schedule: str, where: str) -> tuple[str, str]:
+    """Gradients that are not finite come from every rank, or from none: they were set by name."""
+    model = tied()
+    optimizer = adamw(model)
+    sharded = ss.shard(model, optimizer, stage=1, schedule=schedule, clip_norm=0.05)
+    Poison(model.blocks[1].up.weight, float("nan")).armed = where == "everywhere"
+    for leaf in range(2):
+        model(tokens(leaf)).backward()
+    if where == "set":
+        sharded.set_full_grad("blocks.0.gain", torch.full_like(sharded.full_grad("blocks.0.gain"), float("inf")))
+    return raised_by(optimizer.step)
+
+
+@pytest.mark.parametrize("schedule", ["per leaf", "per step"])
+@pytest.mark.parametrize(
+    ("world_size", "where", "named"),
+    [
+        (2, "everywhere", "'blocks.1.up.weight' (element 3), computed by the ranks 0, 1; nothing was updated"),
+        (4, "everywhere", "'blocks.1.up.weight' (element 3), computed by the ranks 0, 1, 2, 3; nothing was updated"),
+        (2, "set", "'blocks.0.gain' (element 0), but not in any rank's own; nothing was updated"),
+    ],
+    ids=["2 ranks", "4 ranks", "set by name"],
+)
+def test_who_computed_what_is_not_finite(ranks, schedule, world_size, where, named):
+    for name, text in ranks(world_size).run(origins_named, schedule, where):
+        assert name == "NonFiniteGradientError"
+        assert named in text
+
+
 def test_finite_gradients_whose_norm_overflows():
     model = nn.Linear(2, 2).double()
     optimizer = ss.optim.AdamW(model.parameters())
