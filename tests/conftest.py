@@ -1,7 +1,8 @@
 """Warm ranks: processes that are started once a session and run one test function after another.
 
 ``ranks(n)`` gives a team whose ``run(function, *args)`` calls a module-level function on each of n ranks, which
-are connected over gloo, and returns what each returned. One rank runs here, without a process group. The
+are connected over gloo, and returns what each returned. ``ranks(n, machines=m)`` has them believe that they are on m
+machines. One rank runs here, without a process group. The
 number of threads is the same everywhere: it is part of the bits.
 """
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from shardstep import collectives
+from shardstep.collectives import neighbours
 from shardstep.sharding import units
 
 THREADS = 1
@@ -38,8 +40,8 @@ class RankFailed(Exception):
 class Team:
     """``size`` processes in one process group, restarted after a failure (which may have broken the group)."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, machines: int = 1) -> None:
+        self.size, self._machines = size, machines
         self._processes: list[Any] = []
         self._pipes: list[Any] = []
 
@@ -79,15 +81,17 @@ class Team:
         store = str(Path(self._folder.name) / "store")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, store, theirs), daemon=True)
+            args = (rank, self.size, self._machines, store, theirs)
+            process = context.Process(target=_serve, args=args, daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
 
 
-def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
+def _serve(rank: int, size: int, machines: int, store: str, pipe: Any) -> None:
     torch.set_num_threads(THREADS)
+    neighbours._machine = lambda: 1 + rank * machines // size
     collectives.connect_local(rank, size, store, TIMEOUT_S)
     while True:
         function, args = pipe.recv()
@@ -99,11 +103,11 @@ def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Callable[[int], Team]]:
-    teams: dict[int, Team] = {}
+def ranks() -> Iterator[Callable[..., Team]]:
+    teams: dict[tuple[int, int], Team] = {}
 
-    def team(size: int) -> Team:
-        return teams.setdefault(size, Team(size))
+    def team(size: int, machines: int = 1) -> Team:
+        return teams.setdefault((size, machines), Team(size, machines))
 
     yield team
     for one in teams.values():

@@ -14,6 +14,7 @@ import json
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,11 +87,13 @@ class Group:
 
     # - large: straight into the caller's memory
 
-    def all_gather(self, flat: Tensor, shard: Tensor, *, tag: int, label: str, ordered: bool = True) -> Pending:
+    def all_gather(
+        self, flat: Tensor, shard: Tensor, *, tag: int, label: str, ordered: bool = True, together: bool = True
+    ) -> Pending:
         """Fill ``flat`` (size × n elements) from every rank's ``shard`` (n elements), in rank order.
 
         ``shard`` may be this rank's own run of ``flat``; otherwise it is copied there. ``ordered``: all ranks
-        gather this at the same place among their collectives.
+        gather this at the same place among their collectives. ``together``: they wait for it in the same order, too.
         """
         chunks = flat.chunk(self.size)
         if chunks[self.rank].data_ptr() != shard.data_ptr():
@@ -99,12 +102,13 @@ class Group:
             return Pending((), label, self)
         if ordered:
             self._record(label, flat.nbytes, flat.dtype)
-        return self._messages([shard] * self.size, chunks, tag, label)
+        return self._messages([shard] * self.size, chunks, tag, label, offers=ordered and together)
 
     def exchange(self, flat: Tensor, received: Sequence[Tensor | None], *, tag: int, label: str) -> Pending:
         """Send run r of ``flat`` to rank r, and receive every peer's run for this rank into ``received[peer]``.
 
-        ``received`` has one tensor (n elements) for each rank, and None at this rank's own place.
+        ``received`` has one tensor (n elements) for each rank, and None at this rank's own place. All ranks wait for
+        their exchanges in the same order.
         """
         if self.size == 1:
             return Pending((), label, self)
@@ -152,19 +156,28 @@ class Group:
         """Whether a message may be posted long before its other half."""
         return self.size > 1 and not self._wire.batched
 
+    def reads(self, peer: int, tensor: Tensor) -> bool:
+        """Whether this rank and a peer can read one another's tensors like this one, which then need not be lent."""
+        return self._wire.reads(peer, tensor)
+
     def lend(self, shard: Tensor, peer: int, *, tag: int, label: str) -> Pending:
         """Post ``shard`` for ``peer``, who takes it when it likes: its values of that time. Done when it has them."""
         pending = Pending([self._try(label, self._wire.send, shard, peer, self._tag(tag))], label, self)
         self._lent.add(pending)
         return pending
 
-    def take(self, flat: Tensor, shard: Tensor, *, tag: int, label: str) -> Pending:
-        """As ``all_gather``, but every peer has lent its shard."""
+    def take(self, flat: Tensor, shard: Tensor, addresses: Sequence[int], *, tag: int, label: str) -> Pending:
+        """As ``all_gather``, but every peer has lent its shard, or can be read: at its address."""
         chunks = flat.chunk(self.size)
         chunks[self.rank].copy_(shard)
         self._stop_if_ended(label)
-        peers = [rank for rank in range(self.size) if rank != self.rank]
-        works = [self._try(label, self._wire.receive, chunks[peer], peer, self._tag(tag)) for peer in peers]
+        works = []
+        for peer in (rank for rank in range(self.size) if rank != self.rank):
+            if self.reads(peer, shard):
+                self._try(label, self._wire.read, chunks[peer], peer, addresses[peer])
+                self._count(chunks[peer].nbytes)
+            else:
+                works.append(self._try(label, self._wire.receive, chunks[peer], peer, self._tag(tag)))
         return Pending(works, label, self)
 
     def count_loan(self, sent_bytes: int) -> None:
@@ -265,7 +278,9 @@ class Group:
             self.reserve_tags(8)
         return (self._tags or 0) + _FIRST_TAG + tag
 
-    def _messages(self, outgoing: Sequence[Tensor], incoming: Sequence[Any], tag: int, label: str) -> Pending:
+    def _messages(
+        self, outgoing: Sequence[Tensor], incoming: Sequence[Any], tag: int, label: str, *, offers: bool = True
+    ) -> Pending:
         """Post one message to and one from each peer, the nearest rank first so that no rank is a hot spot."""
         sent, received = list[tuple[Tensor, int]](), list[tuple[Tensor, int]]()
         for distance in range(1, self.size):
@@ -275,7 +290,8 @@ class Group:
                 self._count(outgoing[target].nbytes)
             if incoming[source].numel():
                 received.append((incoming[source], source))
-        return Pending(self._try(label, self._wire.send_and_receive, sent, received, self._tag(tag)), label, self)
+        post = partial(self._wire.send_and_receive, offers=offers)
+        return Pending(self._try(label, post, sent, received, self._tag(tag)), label, self)
 
     def _hand_down(self, tensor: Tensor, label: str) -> None:
         """A broadcast along a binary tree: a rank has it from the one without its lowest bit."""

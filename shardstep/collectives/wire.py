@@ -7,6 +7,7 @@ Chosen by measurement on gloo (CPU time for 12.6 MB, 2 ranks): point-to-point me
 2.4 ms, asynchronous broadcasts 3.6, all_gather_into_tensor 3.6; a leaf exchanged by messages and summed 2.8,
 by all_to_all_single 3.6, reduce_scatter_tensor 7.0. A message carries a tag, in which its size and dtype are
 mixed: where ranks disagree, nothing arrives, and nobody computes with bytes that were meant for something else.
+Ranks of one machine can do without most messages: see `neighbours`.
 """
 
 import os
@@ -21,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
+from shardstep.collectives.lines import LONGEST_BYTES
+from shardstep.collectives.neighbours import Neighbours
 from shardstep.collectives.records import check_bits
 from shardstep.errors import ConfigError
 
@@ -95,6 +98,13 @@ class Wire:
         timeout = self.timeout + timedelta(seconds=10)
         self._control = dist.new_group(self.members, backend="gloo", timeout=timeout, use_local_synchronization=True)
         self._next_tag = 0
+        self._neighbours = Neighbours(self.rank, self._tell)
+
+    def _tell(self, own: Sequence[int]) -> list[list[int]]:
+        """Each rank's integers, of which all have as many."""
+        parts, work = self._gather_by_gloo(torch.tensor(own, dtype=torch.int64))
+        work.wait()
+        return [part.tolist() for part in parts]
 
     def reserve_tags(self, count: int) -> int:
         """The first of ``count`` tags that no other model on these ranks has; all ranks ask in the same order."""
@@ -112,17 +122,30 @@ class Wire:
         return dist.irecv(tensor, self.members[peer], group=self._data, tag=_marked(tag, tensor))
 
     def send_and_receive(
-        self, sent: Sequence[tuple[Tensor, int]], received: Sequence[tuple[Tensor, int]], tag: int
+        self, sent: Sequence[tuple[Tensor, int]], received: Sequence[tuple[Tensor, int]], tag: int, *, offers: bool
     ) -> list[Any]:
-        """Post messages to and from peers."""
-        operations = [(dist.isend, *pair) for pair in sent] + [(dist.irecv, *pair) for pair in received]
+        """Post messages to and from peers. ``offers``: what neighbours need may be offered instead."""
         if self.batched:
+            operations = [(dist.isend, *pair) for pair in sent] + [(dist.irecv, *pair) for pair in received]
             batch = [dist.P2POp(call, tensor, self.members[peer], self._data) for call, tensor, peer in operations]
             return list(dist.batch_isend_irecv(batch)) if batch else []
-        return [
-            call(tensor, self.members[peer], group=self._data, tag=_marked(tag, tensor))
-            for call, tensor, peer in operations
-        ]
+        give, get = self._neighbours.offer, self._neighbours.accept
+        given, got = list[Any](), list[Any]()
+        for tensor, peer in sent:
+            near = offers and self.reads(peer, tensor)
+            given.append(give(tensor, peer, _marked(tag, tensor)) if near else self.send(tensor, peer, tag))
+        for tensor, peer in received:
+            near = offers and self.reads(peer, tensor)
+            got.append(get(tensor, peer, _marked(tag, tensor)) if near else self.receive(tensor, peer, tag))
+        return [*got, *given]
+
+    def reads(self, peer: int, tensor: Tensor) -> bool:
+        """Whether this rank and a peer can read one another's tensors like this one."""
+        return not self.batched and self._neighbours.are_near[peer] and tensor.is_cpu
+
+    def read(self, tensor: Tensor, peer: int, address: int) -> None:
+        """Overwrite ``tensor`` with what is at ``address`` in the memory of a neighbour."""
+        self._neighbours.read(tensor, peer, address)
 
     def broadcast(self, tensor: Tensor) -> Any:
         """torch's own broadcast of rank 0's values; for groups that are batched."""
@@ -135,7 +158,13 @@ class Wire:
     # - control
 
     def gather_control(self, own: Tensor) -> tuple[list[Tensor], Any]:
-        """Tell every rank a small tensor; where theirs will be, and torch's handle."""
+        """Tell every rank a small tensor; where theirs will be, and a handle as torch's."""
+        if own.nbytes > LONGEST_BYTES or not self._neighbours.are_all:
+            return self._gather_by_gloo(own)
+        gathering = self._neighbours.gather(own)
+        return gathering.parts, gathering
+
+    def _gather_by_gloo(self, own: Tensor) -> tuple[list[Tensor], Any]:
         parts = [torch.empty_like(own) for _ in range(self.size)]
         return parts, dist.all_gather(parts, own, group=self._control, async_op=True)
 
@@ -155,6 +184,7 @@ class Wire:
             self._abort()
         else:
             self._break(self._data)
+        self._neighbours.lines.cut()
         self.hang_up()
 
     def hang_up(self) -> None:

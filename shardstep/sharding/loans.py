@@ -12,32 +12,36 @@ gloo reads memory when a message travels, and needs no call of the sender's; whe
 at once (NCCL), nothing is lent, and all ranks gather the same units in the same order.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from shardstep.collectives import Group, Pending
 
 
 class Loan:
-    """One shard, lent to every peer; and the right to take each peer's once between two announcements."""
+    """One shard, lent to every peer that cannot read it; and the right to take each peer's, by messages once between
+    two announcements. ``addresses``: where each rank has its shard.
+    """
 
-    def __init__(self, shard: Tensor, where: str, tag: int, group: Group) -> None:
-        self._shard, self._where, self._tag, self._group = shard, where, tag, group
+    def __init__(self, shard: Tensor, addresses: Sequence[int], where: str, tag: int, group: Group) -> None:
+        self._shard, self._addresses, self._where, self._tag, self._group = shard, addresses, where, tag, group
         self._lent: dict[int, Pending] = {}
+        others = [rank for rank in range(group.size) if rank != group.rank and not group.reads(rank, shard)]
+        self._by_messages = bool(others)
         self.used = self._taken = False
-        """``used``: whether the peers' loans were taken since the last announcement."""
-
-    def lend(self) -> None:
-        """To every peer, for the first time."""
-        for peer in range(self._group.size):
-            if peer != self._group.rank:
-                self._lend(peer)
+        """``used``: whether what peers lend by messages was taken since the last announcement."""
+        for peer in others:
+            self._lend(peer)
 
     def take(self, flat: Tensor, label: str) -> Pending | None:
-        """Begin to fill ``flat`` with every rank's shard; None if it was taken since the last announcement."""
-        if not self._lent or self.used:
+        """Begin to fill ``flat`` with every rank's shard; None if that takes messages, and they were taken since the
+        last announcement.
+        """
+        if self.used:
             return None
-        self.used = True
-        return self._group.take(flat, self._shard, tag=self._tag, label=label)
+        self.used = self._by_messages
+        return self._group.take(flat, self._shard, self._addresses, tag=self._tag, label=label)
 
     def arrived(self) -> None:
         """What was taken is here."""
@@ -51,9 +55,10 @@ class Loan:
 
     def renew(self, peer: int) -> None:
         """Lend again to a peer that has taken its loan."""
-        self._lent.pop(peer).wait()
-        self._group.count_loan(self._shard.nbytes)
-        self._lend(peer)
+        if peer in self._lent:
+            self._lent.pop(peer).wait()
+            self._group.count_loan(self._shard.nbytes)
+            self._lend(peer)
 
     def _lend(self, peer: int) -> None:
         label = f"loan of the shard of {self._where}"

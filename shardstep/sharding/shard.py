@@ -224,8 +224,12 @@ def _first_of_loans(units: Sequence[Unit | UnitPlan]) -> int:
 def _lend(units: list[Unit], group: Group) -> list[Loan]:
     """The loans of every space whose parameters are sharded, where the ranks' connection allows it."""
     spaces = [space for unit in units for space in unit.spaces if space.stage.shard_params] if group.lends else []
+    if not spaces:
+        return []
     first = _first_of_loans(units)
-    return [space.lend(first + number) for number, space in enumerate(spaces)]
+    own = [space.shard.data_ptr() for space in spaces]
+    addresses = zip(*group.exchange_json(own, label="exchange of the addresses of shards"), strict=True)
+    return [space.lend(at, first + number) for number, (space, at) in enumerate(zip(spaces, addresses, strict=True))]
 
 
 def _check_arguments(

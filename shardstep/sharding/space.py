@@ -13,7 +13,7 @@
 Its gradients are `leaves`. A space gathers, frees and holds; when to do so is decided in `hooks` and `step`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from itertools import accumulate
 
@@ -130,10 +130,9 @@ class Space:
         if not self.stage.shard_grads:
             self.leaves.keep_buffer()
 
-    def lend(self, tag: int) -> Loan:
-        """Let the peers take this rank's shard from now on."""
-        self.loan = Loan(self.shard, self.where, tag, self._group)
-        self.loan.lend()
+    def lend(self, addresses: Sequence[int], tag: int) -> Loan:
+        """Let the peers take this rank's shard from now on; ``addresses``: where each rank has its own."""
+        self.loan = Loan(self.shard, addresses, self.where, tag, self._group)
         return self.loan
 
     @property
@@ -211,13 +210,16 @@ class Space:
         begin = self.flat.data_ptr() if self.is_whole else 0
         return begin <= tensor.data_ptr() < begin + self._flat_bytes if begin else False
 
-    def publish(self, phase: str) -> Pending | None:
-        """Begin to send the updated shard to every rank that keeps the parameters whole (stages 1 and 2)."""
+    def publish(self, phase: str, *, together: bool = True) -> Pending | None:
+        """Begin to send the updated shard to every rank that keeps the parameters whole (stages 1 and 2).
+
+        ``together``: all ranks are going to wait for it in the same order.
+        """
         torch.clear_autocast_cache()  # or a region around several steps would compute with casts of old values
         if self.stage.shard_params or not self.stage.shard_state:
             return None
         label = f"gather of {self.where} for {phase}"
-        return self._group.all_gather(self.flat, self.shard, tag=2 * self.tag, label=label)
+        return self._group.all_gather(self.flat, self.shard, tag=2 * self.tag, label=label, together=together)
 
     def arrive_later(self, published: Pending) -> None:
         """Let whoever needs the parameters wait for what is published, instead of the caller."""

@@ -240,7 +240,7 @@ class Step:
     def _publish(self, space: Space, phase: str) -> Publishing:
         """Begin to send what this rank has changed to those that keep the parameters whole."""
         space.free()  # whole from a forward without a backward, and no longer what the shards hold
-        published = space.publish(phase)
+        published = space.publish(phase, together=not self._overlaps)
         return [] if published is None else [(space, published)]
 
     def _end(self, publishing: Publishing) -> None:

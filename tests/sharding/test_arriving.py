@@ -65,10 +65,10 @@ def slow_rank_1(run: Run, act: Callable[[], None]) -> Iterator[None]:
     """Inside, rank 1 does ``act`` before it publishes unit '2'."""
     publish = Space.publish
 
-    def slowly(space: Space, phase: str) -> Any:
+    def slowly(space: Space, phase: str, **options: Any) -> Any:
         if space.unit_name == "2" and run.sharded.rank == 1 and phase.startswith("publishing step"):
             act()
-        return publish(space, phase)
+        return publish(space, phase, **options)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Space, "publish", slowly)
@@ -335,11 +335,11 @@ def raised_on_the_way() -> tuple[str, str, float]:
     """Rank 1 raises before it has published unit '2' in step 1; rank 0 has made its step by then."""
     publish = Space.publish
 
-    def boom(space: Space, phase: str) -> Any:
+    def boom(space: Space, phase: str, **options: Any) -> Any:
         if space.unit_name == "2":
             time.sleep(0.2)
             raise ValueError("bad shard")
-        return publish(space, phase)
+        return publish(space, phase, **options)
 
     with quick(), pytest.MonkeyPatch.context() as patched:
         patched.setattr(Space, "publish", publish)  # to be put back
@@ -365,7 +365,7 @@ def end_after_a_step() -> None:
     publish = Space.publish
     with pytest.MonkeyPatch.context() as patched:
         if run.sharded.rank == 1:
-            patched.setattr(Space, "publish", lambda *arguments: time.sleep(0.5) or publish(*arguments))
+            patched.setattr(Space, "publish", lambda *args, **kw: time.sleep(0.5) or publish(*args, **kw))
         run.optimizer.step()
     if run.sharded.rank == 1:
         with torch.no_grad():

@@ -118,14 +118,16 @@ def every_run(precision: ss.Precision | None, leaves: tuple[int, ...]) -> list[t
 
 
 @pytest.mark.parametrize("precision", [None, BF16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(("world_size", "leaves"), [(1, (1, 2, 3)), (2, (1, 2, 3)), (4, (1, 3))])
-def test_the_formulas_are_exact_to_the_byte(ranks, world_size, leaves, precision):
+@pytest.mark.parametrize(
+    ("world_size", "machines", "leaves"), [(1, 1, (1, 2, 3)), (2, 1, (1, 2, 3)), (4, 1, (1, 3)), (4, 2, (1, 3))]
+)
+def test_the_formulas_are_exact_to_the_byte(ranks, world_size, machines, leaves, precision):
     """Peaks, and bytes sent: gathers and exchanges by the formula, and the norms where the step clips.
 
     Control is left out on both sides: announcements of a few integers travel uncounted.
     """
     runs = every_run(precision, leaves)
-    for results in ranks(world_size).run(counted_runs, runs):
+    for results in ranks(world_size, machines).run(counted_runs, runs):
         rows = list(zip(runs, results, strict=True))
         assert not [(run, row.peak, row.formula) for run, row in rows if row.peak != row.formula]
         assert not [(run, row) for run, row in rows if row.sent != row.sent_formula + row.sent_norms]

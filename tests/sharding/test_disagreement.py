@@ -93,7 +93,8 @@ def quick() -> Iterator[None]:
 def _no_groups_are_left(ranks) -> Iterator[None]:
     """Their threads would go on; and torch takes a name twice when one has been destroyed."""
     yield
-    ranks(2).stop()
+    for machines in (1, 2):
+        ranks(2, machines).stop()
 
 
 # - different collectives
@@ -158,9 +159,10 @@ FAULTS = [
 ]
 
 
+@pytest.mark.parametrize("machines", [1, 2])
 @pytest.mark.parametrize(("kind", "number", "named"), FAULTS)
-def test_a_collective_that_differs_is_named_on_all_ranks(ranks, kind, number, named):
-    for name, text, seconds in ranks(2).run(at_the_nth_collective, kind, number, None):
+def test_a_collective_that_differs_is_named_on_all_ranks(ranks, kind, number, named, machines):
+    for name, text, seconds in ranks(2, machines).run(at_the_nth_collective, kind, number, None):
         assert name == "RankMismatchError", text
         assert re.search(r"as number \d+ since shard\(\), rank 0 ran the .*, but rank 1 ran the ", text)
         assert re.search(named, text), text
@@ -265,10 +267,10 @@ RAISES = {
 }
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize(("stage", "machines"), [(0, 1), (3, 1), (3, 2)])
 @pytest.mark.parametrize("where", RAISES)
-def test_a_rank_that_raises_tells_the_others(ranks, where, stage):
-    other, raised = ranks(2).run(raising, where, stage, True)
+def test_a_rank_that_raises_tells_the_others(ranks, where, stage, machines):
+    other, raised = ranks(2, machines).run(raising, where, stage, True)
     assert raised[:2] == ("ValueError", "bad batch")
     assert other[0] == "CollectiveError"
     assert re.match(rf"rank 1: ValueError: bad batch \({RAISES[where]}\); rank 0 of 2 was in the ", other[1]), other
@@ -358,8 +360,9 @@ def stuck() -> tuple[tuple[str, str, float], list[tuple[float, str]]]:
     return ended, warned
 
 
-def test_a_stuck_rank_is_named_at_half_the_timeout_and_the_job_ends_at_the_timeout(ranks):
-    (waiting, warned), (sleeper, told) = ranks(2).run(stuck)
+@pytest.mark.parametrize("machines", [1, 2])
+def test_a_stuck_rank_is_named_at_half_the_timeout_and_the_job_ends_at_the_timeout(ranks, machines):
+    (waiting, warned), (sleeper, told) = ranks(2, machines).run(stuck)
     sentence = r"rank 1 has not arrived in the .* for \d s: it is in step 1, forward of unit '1' since \d s"
     for lines in (warned, told):
         at, text = lines[0]

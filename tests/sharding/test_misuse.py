@@ -671,10 +671,11 @@ DEATHS = {
 }
 
 
+@pytest.mark.parametrize("machines", [1, 2])
 @pytest.mark.parametrize("where", DEATHS)
-def test_a_rank_that_dies(ranks, where):
+def test_a_rank_that_dies(ranks, where, machines):
     with pytest.raises(RankFailed) as failed:
-        ranks(2).run(mortal_run, where, SECONDS)
+        ranks(2, machines).run(mortal_run, where, SECONDS)
     survivor, dead = failed.value.failures
     assert dead[0] == "died"
     assert survivor[0] == "CollectiveError"
@@ -704,12 +705,16 @@ def once_more_than_the_other(seconds: float) -> tuple[str, str, float]:
     return *raised_by(model, torch.ones(7), 2 - sharded.rank), time.monotonic() - begin
 
 
-def test_ranks_that_use_a_unit_more_often_stop_at_the_timeout(ranks):
-    name, text, waited_s = ranks(2).run(once_more_than_the_other, 2.0)[0]
+def test_ranks_of_one_machine_may_use_a_unit_more_often_than_the_others(ranks):
+    assert [name for name, _, _ in ranks(2).run(once_more_than_the_other, 2.0)] == ["nothing"] * 2
+
+
+def test_ranks_of_several_machines_that_use_a_unit_more_often_stop_at_the_timeout(ranks):
+    name, text, waited_s = ranks(2, machines=2).run(once_more_than_the_other, 2.0)[0]
     assert name == "CollectiveError"
     assert "rank 1 has not arrived in the gather of unit 'branches.0' for forward of step 0" in text
     assert 1.5 < waited_s < 2 + SECONDS
-    ranks(2).stop()  # the messages that were never taken stay in its process group
+    ranks(2, machines=2).stop()  # the messages that were never taken stay in its process group
 
 
 # - messages that are too long

@@ -41,11 +41,11 @@ def every_layout() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("clip", [False, True], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_every_layout_gives_the_bits_of_the_one_rank_run(ranks, world_size, bf16, clip):
+@pytest.mark.parametrize(("world_size", "machines"), [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2)])
+def test_every_layout_gives_the_bits_of_the_one_rank_run(ranks, world_size, machines, bf16, clip):
     layouts = every_layout()
     runs = [{**layout, **chosen(bf16, clip)} for layout in layouts]
-    for digests in ranks(world_size).run(digests_of_runs, runs):
+    for digests in ranks(world_size, machines).run(digests_of_runs, runs):
         differing = [layout for layout, d in zip(layouts, digests, strict=True) if d != reference(bf16, clip)]
         assert not differing
 

@@ -66,14 +66,14 @@ def digests_of_runs(all_options: list[dict[str, Any]]) -> list[str]:
 
 
 @pytest.mark.parametrize("precision", [None, BF16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_every_rank_its_own_units_in_its_own_order(ranks, world_size, precision):
+@pytest.mark.parametrize(("world_size", "machines"), [(2, 1), (4, 1), (2, 2), (4, 2)])
+def test_every_rank_its_own_units_in_its_own_order(ranks, world_size, machines, precision):
     common = {"precision": precision, "clip_norm": 0.5}
     expected = digest_of_run({"stage": 0, **common})
     runs = [{"stage": 3, "prefetch": prefetch, **common} for prefetch in (0, 1, 3)]
     runs.append({"stage": {"blocks.0": 2, "*": 3}, **common})
     runs += [{"stage": 3, "prefetch": prefetch, "debug": "collectives", **common} for prefetch in (0, 1)]
-    for digests in ranks(world_size).run(digests_of_runs, runs):
+    for digests in ranks(world_size, machines).run(digests_of_runs, runs):
         assert digests == [expected] * len(runs)
 
 
@@ -88,9 +88,10 @@ def one_rank_goes_twice() -> str:
     return ss.digest(model, optimizer)
 
 
-def test_a_module_that_is_used_twice(ranks):
+@pytest.mark.parametrize("machines", [1, 2])
+def test_a_module_that_is_used_twice(ranks, machines):
     (expected,) = ranks(1).run(one_rank_goes_twice)
-    assert ranks(2).run(one_rank_goes_twice) == [expected] * 2
+    assert ranks(2, machines).run(one_rank_goes_twice) == [expected] * 2
 
 
 def loans_of_the_moment() -> tuple[float, float]:
@@ -103,18 +104,18 @@ def loans_of_the_moment() -> tuple[float, float]:
     group.exchange_json("both have written", label="meeting")
     flat = torch.empty(10)
     if group.rank == 0:
-        group.take(flat, shard, tag=first, label="taking").wait()
+        group.take(flat, shard, [], tag=first, label="taking").wait()
     group.exchange_json("rank 0 has read", label="meeting")
     if group.rank == 1:
         loan.wait()
-        group.take(flat, shard, tag=first, label="taking").wait()
+        group.take(flat, shard, [], tag=first, label="taking").wait()
     else:
         loan.wait()
     return float(flat[0]), float(flat[-1])
 
 
 def test_what_is_taken_are_the_values_of_that_time(ranks):
-    assert ranks(2).run(loans_of_the_moment) == [(10.0, 11.0)] * 2
+    assert ranks(2, machines=2).run(loans_of_the_moment) == [(10.0, 11.0)] * 2
 
 
 def slow_reader(slow_rank: int | None) -> tuple[str, list[float]]:
@@ -146,7 +147,8 @@ def slow_reader(slow_rank: int | None) -> tuple[str, list[float]]:
     return ss.digest(model, optimizer), seen
 
 
+@pytest.mark.parametrize("machines", [1, 2])
 @pytest.mark.parametrize("slow_rank", [0, 1])
-def test_nobody_writes_while_a_slow_rank_is_reading(ranks, slow_rank):
+def test_nobody_writes_while_a_slow_rank_is_reading(ranks, slow_rank, machines):
     (expected,) = ranks(1).run(slow_reader, None)
-    assert ranks(2).run(slow_reader, slow_rank) == [expected] * 2
+    assert ranks(2, machines).run(slow_reader, slow_rank) == [expected] * 2
