@@ -1,6 +1,9 @@
 """What travels between ranks, and nothing about why.
 
     wire          the one file that touches torch.distributed: connections, messages, a cut
+    neighbours    ranks of one machine, and what they offer one another instead of messages
+    reading       their memory, read in place
+    lines         pipes between them
     group         the door for one model: buffers and small control messages; a fingerprint of every collective
     pending       what is on its way
     records       the fingerprint, and the latest collectives behind it

@@ -1,8 +1,8 @@
 """Pipes between processes of this machine: short messages, written and read by the threads that have them to say.
 
 gloo has a thread of its own for each group, which must get a core before a message arrives, and which turns in circles
-while the sender holds a lock that it wants: with two ranks on two cores that was 2 % of a step, and 80 µs of CPU time a
-message. A write to a pipe takes two.
+while the sender holds a lock that it wants: with two ranks on two cores that was 2 % of a step, and 80 µs of CPU time
+for a message sent and one received. By pipes it is 5.
 
 A process opens the end of a pipe that another has made by /proc, which Linux allows where it allows to read that
 one's memory. A message has a mark, by which it is asked for, and may be asked for later than others. Nothing here knows
@@ -79,12 +79,12 @@ class Lines:
 
     def cut(self) -> None:
         """Make every wait on these lines fail, now and from now on, here and at the other ends."""
-        os.write(self._break, b"!")
         read, write = os.pipe()
         os.close(read)
         for outlet in self._outlets.values():
             os.dup2(write, outlet)  # not closed: a thread that is about to write must not write to another file
         os.close(write)
+        os.write(self._break, b"!")
 
     def _poll(self, *inlets: int) -> select.poll:
         poll = select.poll()

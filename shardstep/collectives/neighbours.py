@@ -11,8 +11,8 @@ all ranks wait for in the same order, and a rank waits for what it reads before 
 
 import os
 import struct
-import sys
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from pathlib import Path
 from zlib import crc32
 
@@ -47,6 +47,9 @@ class Neighbours:
         everyone = tell([other in outlets for other in range(len(told))])
         self.are_near = [other in outlets and bool(row[rank]) for other, row in enumerate(everyone)]
         """Of each rank whether it is a neighbour of this one."""
+        pairs = combinations(range(len(everyone)), 2)
+        self.are_all = all(everyone[one][other] and everyone[other][one] for one, other in pairs)
+        """Whether any two ranks are neighbours; the same everywhere."""
         for other in [other for other in outlets if not self.are_near[other]]:
             os.close(outlets.pop(other))
         self.lines = Lines(inlets.close_but(list(outlets)), outlets)
@@ -64,13 +67,8 @@ class Neighbours:
         """Let a neighbour's offer of that mark be read into ``tensor``."""
         return Acceptance(self, tensor, rank, mark)
 
-    @property
-    def are_all(self) -> bool:
-        """Whether every other rank is a neighbour of this one."""
-        return sum(self.are_near) == len(self.are_near) - 1
-
     def gather(self, own: Tensor) -> "Gathering":
-        """Tell all ranks a short tensor, if `are_all` neighbours; all of them do so in one order."""
+        """Tell all ranks a short tensor, where they `are_all` neighbours; they do so in one order."""
         self._gatherings += 1
         return Gathering(self, own, _GATHERING | self._gatherings)
 
@@ -122,7 +120,8 @@ class Gathering:
 
 def _machine() -> int:
     """Equal in all processes that know one another by the same process numbers; 0 where nothing can be read."""
-    if sys.platform != "linux":
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        return crc32(f"{boot} {os.readlink('/proc/self/ns/pid')}".encode())
+    except OSError:  # not Linux, or one that hides it
         return 0
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-    return crc32(f"{boot} {os.readlink('/proc/self/ns/pid')}".encode())
