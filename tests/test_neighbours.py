@@ -15,7 +15,7 @@ from shardstep.collectives.lines import LONGEST_BYTES, Inlets, Lines, open_outle
 from shardstep.collectives.reading import Token, finds, read_into
 from tests.sharding.models import Tied, Tokens, train
 
-pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="Linux alone has neighbours")
+pytestmark = pytest.mark.usefixtures("neighbourly")
 
 NUMEL = 100_003
 

@@ -705,6 +705,7 @@ def once_more_than_the_other(seconds: float) -> tuple[str, str, float]:
     return *raised_by(model, torch.ones(7), 2 - sharded.rank), time.monotonic() - begin
 
 
+@pytest.mark.usefixtures("neighbourly")
 def test_ranks_of_one_machine_may_use_a_unit_more_often_than_the_others(ranks):
     assert [name for name, _, _ in ranks(2).run(once_more_than_the_other, 2.0)] == ["nothing"] * 2
 
