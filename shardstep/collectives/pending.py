@@ -21,7 +21,10 @@ _HEAD = 4
 
 @dataclass
 class Traffic:
-    """What went through the door since the group was made: bytes sent by this rank, calls, seconds waited."""
+    """What went through the door since the group was made: bytes sent by this rank, calls, seconds waited.
+
+    What a neighbour reads counts as sent to it; but shards that are read at any time count where they are read.
+    """
 
     sent_bytes: int = 0
     calls: int = 0
