@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -121,6 +122,47 @@ def test_no_end_of_a_pipe_is_left_open():
     assert len(os.listdir("/proc/self/fd")) > before
     del lines
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+# - offers
+
+
+def lent_until_read() -> tuple[float, list[float]]:
+    """Rank 1 is slow to read; seconds that this rank waits, and what it has got of the other one."""
+    group = Group()
+    group.reserve_tags(1)
+    flat, got = torch.full((2 * NUMEL,), float(group.rank)), torch.empty(NUMEL)
+    received = [got if rank != group.rank else None for rank in range(2)]
+    pending = group.exchange(flat, received, tag=0, label="exchange")
+    if group.rank == 1:
+        time.sleep(0.4)
+    begin = time.monotonic()
+    pending.wait()
+    seconds = time.monotonic() - begin
+    flat.fill_(-1.0)
+    group.exchange_json("both have it", label="meeting")
+    return seconds, got.unique().tolist()
+
+
+def test_memory_is_lent_until_it_was_read(ranks):
+    (waited, of_1), (_, of_0) = ranks(2).run(lent_until_read)
+    assert waited > 0.2
+    assert (of_0, of_1) == ([0.0], [1.0])
+
+
+def told_in_other_sizes() -> str:
+    group = Group(dist.new_group())
+    _, told = group._watch.wire.gather_control(torch.zeros(2 + group.rank))
+    with pytest.raises(RuntimeError) as raised:
+        told.wait()
+    return str(raised.value)
+
+
+def test_what_is_told_in_another_size(ranks):
+    assert ranks(2).run(told_in_other_sizes) == [
+        "expected 8 bytes from rank 1, got 12",
+        "expected 12 bytes from rank 0, got 8",
+    ]
 
 
 # - who is a neighbour
