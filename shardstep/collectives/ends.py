@@ -30,6 +30,8 @@ def tell_failure(error: BaseException) -> None:
 
 def close_watches() -> None:
     """Say goodbye to all ranks."""
+    for watch in WATCHES:  # first to all: some may be waiting to hear it
+        watch.leave()
     while WATCHES:
         WATCHES.pop().close()
 

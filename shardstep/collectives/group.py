@@ -180,6 +180,10 @@ class Group:
                 works.append(self._try(label, self._wire.receive, chunks[peer], peer, self._tag(tag)))
         return Pending(works, label, self)
 
+    def keep(self, lent: Sequence[object], owner: object) -> None:
+        """Keep what was lent until ``owner`` is gone on every rank; before that, this process does not end either."""
+        self._watch.keep(self._model, lent, owner)
+
     def count_loan(self, sent_bytes: int) -> None:
         """Note that what was lent has been taken."""
         self._count(sent_bytes)

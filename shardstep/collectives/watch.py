@@ -20,6 +20,7 @@ import queue
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -55,6 +56,9 @@ class Watch:
         self.models: dict[int, Records] = {}
         self.outstanding: weakref.WeakSet[Pending] = weakref.WeakSet()
         """What peers must have from this rank before it says goodbye."""
+        self._lent: dict[int, Sequence[object]] = {}
+        """By the number of a model what peers may take at any time, until all ranks have let go of that model."""
+        self._let_go: dict[int, set[int]] = {}
         self.whereabouts.raised = self._tell_raised
         self._pid = os.getpid()
         self._timeout_s = wire.timeout.total_seconds()
@@ -66,7 +70,7 @@ class Watch:
         """The waits in which this rank has told its records, and named a rank that does not arrive."""
         self._failed_at = 0.0
         self._outbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-        self._sending = self._closing = False
+        self._sending = self._leaving = self._closing = False
         self._stop = threading.Event()
         loops = {"listen": self._listen, "send": self._send, "look": self._look}
         self._threads = [
@@ -108,26 +112,46 @@ class Watch:
         self._fail({"kind": "failed", "rank": self.wire.rank, "text": f"{known}; {here}", "mismatch": False})
         return CollectiveError(f"{known}; {here} ({reason})")
 
-    def close(self) -> None:
-        """Say goodbye and end the threads."""
-        if os.getpid() != self._pid or self._closing:
+    def keep(self, model: int, lent: Sequence[object], owner: object) -> None:
+        """Keep what was lent of a model until its ``owner`` is gone on all ranks; others may be slower to finish."""
+        self._lent[model] = lent
+        tell = {"kind": "let go", "rank": self.wire.rank, "model": model}
+        weakref.finalize(owner, self._outbox.put, tell).atexit = False
+
+    def leave(self) -> None:
+        """Say goodbye."""
+        if os.getpid() != self._pid or self._leaving:
             return
+        self._leaving = True
         for pending in list(self.outstanding):
             if self.cause is None:
                 with suppress(CollectiveError):
                     pending.wait()
             pending.forget()
-        self._closing = True
         if self.cause is None:
             place, _ = self.whereabouts.told()
             text = self._own_raise or f"rank {self.wire.rank} has ended its training ({place})"
             self._outbox.put({"kind": "ended", "rank": self.wire.rank, "text": text})
+
+    def close(self) -> None:
+        """Say goodbye, stay while others may take what this rank has lent, and end the threads."""
+        self.leave()
+        if os.getpid() != self._pid or self._closing:
+            return
+        with self._news:
+            self._news.wait_for(self._may_end, self._timeout_s)
+            self._closing = True
         self._outbox.put(None)
         self._stop.set()
         self._threads[1].join(_JOIN_S)
         self.wire.hang_up()
         for thread in self._threads:
             thread.join(_JOIN_S)
+
+    def _may_end(self) -> bool:
+        """Whether nobody else may need anything of this rank."""
+        training = set(range(self.wire.size)) - {self.wire.rank} - self._heard.ended.keys()
+        return self.cause is not None or all(training <= self._let_go.get(model, set()) for model in self._lent)
 
     def _blamed(self, error: BaseException) -> str:
         """How messages name an exception of this rank, and where it was."""
@@ -182,7 +206,10 @@ class Watch:
             message = unpacked(received)
             if message["kind"] == "beat":
                 self._heard.beat(message)
-            elif message["rank"] != self.wire.rank:
+                continue
+            if message["kind"] == "let go":  # this rank's own too, when it has gone round
+                self._note_let_go(message["model"], message["rank"])
+            if message["rank"] != self.wire.rank:
                 self._hear(message)
         if not self._closing and left not in self._heard.ended:
             text = f"rank {left} died: it was killed, or it crashed{self._heard.last_of_left()}"
@@ -201,6 +228,14 @@ class Watch:
             self._warn(message["text"])
         with self._news:
             self._heard.note(message)
+            self._news.notify_all()
+
+    def _note_let_go(self, model: int, rank: int) -> None:
+        with self._news:
+            gone = self._let_go.setdefault(model, set())
+            gone.add(rank)
+            if len(gone) == self.wire.size:
+                del self._let_go[model], self._lent[model]
             self._news.notify_all()
 
     def _compare(self, message: Message) -> None:

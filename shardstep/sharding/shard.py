@@ -229,7 +229,10 @@ def _lend(units: list[Unit], group: Group) -> list[Loan]:
     first = _first_of_loans(units)
     own = [space.shard.data_ptr() for space in spaces]
     addresses = zip(*group.exchange_json(own, label="exchange of the addresses of shards"), strict=True)
-    return [space.lend(at, first + number) for number, (space, at) in enumerate(zip(spaces, addresses, strict=True))]
+    pairs = zip(spaces, addresses, strict=True)
+    loans = [space.lend(at, first + number) for number, (space, at) in enumerate(pairs)]
+    group.keep(loans, owner=spaces[0])
+    return loans
 
 
 def _check_arguments(

@@ -7,6 +7,7 @@ looks for infinities: the engine does both, and all ranks learn of the same infi
 
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,13 @@ _ACCUMULATE = torch.ops.aten.add_.Tensor
 
 
 class StandIn(Tensor):
-    """Stands for the gradient of one parameter; ``unscale`` multiplies all gradients and tells if any is not finite."""
+    """Stands for the gradient of one parameter; ``unscale`` multiplies all gradients and tells if any is not finite.
+
+    Referred to weakly: Python's garbage collection does not see what a parameter's ``.grad`` refers to.
+    """
 
     parameter_name: str
-    unscale: Callable[[float], bool]
+    unscale: WeakMethod[Callable[[float], bool]]
     arrived: Tensor | None
     """What autograd has added since the stand-in took its place."""
 
@@ -31,7 +35,7 @@ class StandIn(Tensor):
     def __new__(cls, parameter: nn.Parameter, name: str, unscale: Callable[[float], bool]) -> "StandIn":
         make: Any = torch.Tensor._make_wrapper_subclass
         made: StandIn = make(cls, parameter.shape, dtype=parameter.dtype, device=parameter.device)
-        made.parameter_name, made.unscale, made.arrived = name, unscale, None
+        made.parameter_name, made.unscale, made.arrived = name, WeakMethod(unscale), None
         return made
 
     def hand_over(self) -> Tensor:
@@ -44,9 +48,9 @@ class StandIn(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is _UNSCALE:
-            grads, found_inf, inverse_scale = args
-            if grads[0].unscale(inverse_scale.item()):
+        if func is _UNSCALE and (unscale := args[0][0].unscale()) is not None:
+            _, found_inf, inverse_scale = args
+            if unscale(inverse_scale.item()):
                 found_inf.fill_(1.0)
             return None
         if func is _ACCUMULATE and isinstance(args[0], cls) and not isinstance(args[1], cls):

@@ -361,21 +361,23 @@ def test_a_sharded_model_is_not_copied(stage, way):
         way(model)
 
 
-def gone(stage: int) -> bool:
+def gone(stage: int, zeroed: bool) -> bool:
     """Whether nothing is left of a model that was sharded and trained, once nobody refers to it."""
     model, optimizer, handle = sharded(stage=stage)
     plain(model, 0).backward()
     optimizer.step()
-    optimizer.zero_grad()
+    if zeroed:
+        optimizer.zero_grad()
     left = [weakref.ref(thing) for thing in (model, optimizer, handle, *model.parameters())]
     del model, optimizer, handle
     gc.collect()
     return not any(ref() is not None for ref in left)
 
 
+@pytest.mark.parametrize("zeroed", [True, False])
 @pytest.mark.parametrize("stage", [0, 3])
-def test_a_model_that_nobody_refers_to_is_gone(stage):
-    assert gone(stage)
+def test_a_model_that_nobody_refers_to_is_gone(stage, zeroed):
+    assert gone(stage, zeroed)
 
 
 # - exceptions

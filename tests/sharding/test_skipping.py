@@ -1,14 +1,17 @@
 """Ranks that use other units, or other parameters of one, than their peers at that time: no wait, the same bits."""
 
+import gc
 import time
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import shardstep as ss
-from shardstep.collectives import Group
+from shardstep.collectives import Group, neighbours
+from shardstep.launch import run_local
 from shardstep.sharding.loans import Loan
 from tests.sharding.models import BF16
 
@@ -152,3 +155,57 @@ def slow_reader(slow_rank: int | None) -> tuple[str, list[float]]:
 def test_nobody_writes_while_a_slow_rank_is_reading(ranks, slow_rank, machines):
     (expected,) = ranks(1).run(slow_reader, None)
     assert ranks(2, machines).run(slow_reader, slow_rank) == [expected] * 2
+
+
+class Late(nn.Module):
+    """A forward that takes rank 1 longer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Linear(7, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.15 * (dist.is_initialized() and dist.get_rank() == 1))
+        return self.inside(x)
+
+
+def last_evaluation(machines: int) -> float:
+    """At its end a rank lets go of the model, while the other is still using it."""
+    if dist.is_initialized():
+        neighbours._machine = lambda: 1 + dist.get_rank() * machines // 2  # as conftest has it in its own ranks
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Late() for _ in range(3)))
+    optimizer = ss.optim.AdamW(model.parameters(), lr=0.1)
+    ss.shard(model, optimizer, stage=3, units="[0-9]", prefetch=0)
+    model(torch.ones(2, 7)).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        return float(model(torch.ones(2, 7)).sum())
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_a_rank_that_has_ended_stays_while_others_use_its_shards(ranks, machines):
+    wanted = last_evaluation(machines)
+    assert run_local(last_evaluation, 2, machines) == [wanted] * 2
+
+
+def lent_afterwards(machines: int) -> tuple[float, list[int], dict[int, Any]]:
+    result, watch, lent = last_evaluation(machines), Group()._watch, list[int]()
+    gc.collect()
+    for _ in range(100):
+        lent.append(len(watch._lent))
+        if not lent[-1]:
+            break
+        time.sleep(0.02)
+    return result, lent, watch._let_go
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_what_is_lent_outlives_the_model_until_all_ranks_have_let_go_of_it(ranks, machines):
+    wanted = last_evaluation(machines)
+    ranks(2, machines).run(gc.collect)
+    (result, lent, left), (_, _, left_on_1) = ranks(2, machines).run(lent_afterwards, machines)
+    assert result == wanted
+    assert lent[0]
+    assert not lent[-1]
+    assert left == left_on_1 == {}
