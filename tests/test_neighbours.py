@@ -116,6 +116,31 @@ def test_the_end_of_a_rank_ends_waits_for_it_but_not_what_it_has_said():
         near.receive(1, 5)
 
 
+def test_a_rank_that_has_ended_is_nothing_to_who_waits_for_room_at_another():
+    inlets = Inlets([1, 2])
+    other = Inlets([0])
+    Lines({}, {0: open_outlet(os.getpid(), inlets.ends[1][1])})  # rank 1, which is gone at once
+    of_2 = Lines({}, {0: open_outlet(os.getpid(), inlets.ends[2][1])})
+    here = Lines(inlets.close_but([1, 2]), {2: open_outlet(os.getpid(), other.ends[0][1])})
+    at_2 = Lines(other.close_but([0]), {})
+    payload, got = b"x" * 1000, list[bytes]()
+
+    def read() -> None:
+        time.sleep(0.1)
+        got.extend(at_2.receive(0, 7) for _ in range(200))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    of_2.send(0, 8, b"from 2")
+    for _ in range(200):
+        here.send(2, 7, payload)
+    reader.join()
+    assert got == [payload] * 200
+    assert here.receive(2, 8) == b"from 2"
+    with pytest.raises(RuntimeError, match="the line from rank 1 is broken"):
+        here.receive(1, 7)
+
+
 def test_no_end_of_a_pipe_is_left_open():
     before = len(os.listdir("/proc/self/fd"))
     lines = both_ends()

@@ -31,7 +31,7 @@ def tell_failure(error: BaseException) -> None:
 def close_watches() -> None:
     """Say goodbye to all ranks."""
     for watch in WATCHES:  # first to all: some may be waiting to hear it
-        watch.leave()
+        watch.say_goodbye()
     while WATCHES:
         WATCHES.pop().close()
 

@@ -52,7 +52,9 @@ class Neighbours:
         """Whether any two ranks are neighbours; the same everywhere."""
         for other in [other for other in outlets if not self.are_near[other]]:
             os.close(outlets.pop(other))
-        self.lines = Lines(inlets.close_but(list(outlets)), outlets)
+        self.ranks = list(outlets)
+        """The neighbours."""
+        self.lines = Lines(inlets.close_but(self.ranks), outlets)
         self._gatherings = 0
 
     def read(self, tensor: Tensor, rank: int, address: int) -> None:
@@ -104,18 +106,15 @@ class Gathering:
         self._neighbours, self._mark = neighbours, mark
         self.parts = [torch.empty_like(own) if near else own for near in neighbours.are_near]
         payload = own.numpy().tobytes()
-        for rank in self._others():
+        for rank in neighbours.ranks:
             neighbours.lines.send(rank, mark, payload)
 
     def wait(self) -> None:
-        for rank in self._others():
+        for rank in self._neighbours.ranks:
             part, payload = self.parts[rank], self._neighbours.lines.receive(rank, self._mark)
             if len(payload) != part.nbytes:
                 raise RuntimeError(f"expected {part.nbytes} bytes from rank {rank}, got {len(payload)}")
             part.copy_(torch.frombuffer(bytearray(payload), dtype=part.dtype))
-
-    def _others(self) -> list[int]:
-        return [rank for rank, near in enumerate(self._neighbours.are_near) if near]
 
 
 def _machine() -> int:

@@ -118,8 +118,8 @@ class Watch:
         tell = {"kind": "let go", "rank": self.wire.rank, "model": model}
         weakref.finalize(owner, self._outbox.put, tell).atexit = False
 
-    def leave(self) -> None:
-        """Say goodbye."""
+    def say_goodbye(self) -> None:
+        """Tell the others that this rank has ended its training, once they have what it owes them."""
         if os.getpid() != self._pid or self._leaving:
             return
         self._leaving = True
@@ -135,7 +135,7 @@ class Watch:
 
     def close(self) -> None:
         """Say goodbye, stay while others may take what this rank has lent, and end the threads."""
-        self.leave()
+        self.say_goodbye()
         if os.getpid() != self._pid or self._closing:
             return
         with self._news:
@@ -235,7 +235,8 @@ class Watch:
             gone = self._let_go.setdefault(model, set())
             gone.add(rank)
             if len(gone) == self.wire.size:
-                del self._let_go[model], self._lent[model]
+                self._lent.pop(model, None)  # it has none if shard() failed here
+                del self._let_go[model]
             self._news.notify_all()
 
     def _compare(self, message: Message) -> None:

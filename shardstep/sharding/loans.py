@@ -1,9 +1,9 @@
 """Shards that peers may take whenever they gather, without this rank's doing anything at that time.
 
-Each rank lends every peer its shard of each space whose parameters are sharded: a message is posted before anybody asks
-for it, and travels when the peer posts the other half. So a rank that uses other units than its peers, or none at a
-time when they do, neither waits for them nor makes them wait. What has been taken is told with the next announcement
-(see `agreement`), and lent again.
+Of each space whose parameters are sharded, a rank's neighbours read its shard where it is. To every other peer it
+lends it: a message is posted before anybody asks for it, and travels when the peer posts the other half. So a rank
+that uses other units than its peers, or none at a time when they do, neither waits for them nor makes them wait. What
+has been taken is told with the next announcement (see `agreement`), and lent again.
 
 A loan is of the memory, not of the values at the time. Whoever writes into shards has announced it, and confirmed that
 all ranks are there, so that nobody is still reading old values; and whoever takes has confirmed an announcement that
